@@ -1,0 +1,75 @@
+# One environment, one package, installed once and again only when something compiled has changed.
+#
+#   make demo        the whole job in a few minutes: train, save, convert, load, generate, compare
+#   make test        everything but the slow tests
+#   make bench       each op beside PyTorch eager and torch.compile
+#
+# PYTHON=python3.12   the interpreter that makes the environment
+# VENV=~/envs/mine    use (or make) that environment; a torch that is already in it stays
+# TORCH=torch         what to install where there is no torch yet (the newest; a requirement as pip takes it)
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+PY := $(VENV)/bin/python
+SAY := @printf '\n==> %s\n'
+STAMP := $(VENV)/.megatron_kernels
+TEST_STAMP := $(VENV)/.megatron_kernels-test
+SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) setup.py pyproject.toml
+
+.PHONY: help install demo test test-slow lint format bench clean
+help:
+	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
+
+# An environment that serves another checkout, or whose library was cleaned away, is out of date whatever its time stamp says.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMP)
+else ifeq ($(wildcard megatron_kernels/_C_cpu*),)
+.PHONY: $(STAMP)
+endif
+
+$(PY):
+	$(SAY) "Making a virtual environment in $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+
+# The build must see the torch it will run with, so torch comes first and the package is built without isolation.
+$(STAMP): $(SOURCES) | $(PY)
+	@$(PY) -c 'import importlib.metadata as m; print("\n==> Keeping torch", m.version("torch"))' 2>/dev/null || { \
+	  printf '\n==> %s\n' 'Installing $(TORCH) (half a minute when it is at hand; a CUDA build is several GB)'; \
+	  $(PY) -m pip install '$(TORCH)'; }
+	$(SAY) "Installing the build tools"
+	$(PY) -m pip install --quiet 'setuptools>=77' ninja
+	$(SAY) "Compiling and installing megatron_kernels (a minute or two)"
+	$(PY) -m pip install --no-build-isolation --editable .
+	@printf '%s\n' '$(CURDIR)' > $@
+
+$(TEST_STAMP): $(STAMP) pyproject.toml
+	$(SAY) "Installing what the tests need"
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[test]'
+	@touch $@
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	$(SAY) "Running the demo"
+	@$(PY) -m megatron_kernels.cli demo
+
+test: $(TEST_STAMP)
+	$(PY) -m pytest -q -m 'not slow' $(PYTEST_ARGS)
+
+test-slow: $(TEST_STAMP)
+	$(PY) -m pytest -q -m slow $(PYTEST_ARGS)
+
+lint: $(TEST_STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+bench: $(STAMP)
+	$(PY) -m benchmarks.ops --device cpu $(BENCH_ARGS)
+
+clean:
+	rm -rf build dist *.egg-info megatron_kernels/_C_*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
