@@ -22,7 +22,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) setup.py pyp
 
 .PHONY: help install demo test test-slow lint format bench clean
 help:
-	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
+	@awk '!/^#/ {exit} {sub(/^# ?/, ""); print}' Makefile
 
 # An environment that serves another checkout, or whose library was cleaned away, is out of date whatever its time stamp says.
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
@@ -48,14 +48,16 @@ $(STAMP): $(SOURCES) | $(PY)
 
 $(TEST_STAMP): $(STAMP) pyproject.toml
 	$(SAY) "Installing what the tests need"
-	$(PY) -m pip install --quiet --no-build-isolation --editable '.[test]'
+	@$(PY) -c 'from importlib.metadata import requires; print(*(r.split(";")[0] for r in requires("megatron-kernels") \
+	  if "extra ==" in r), sep="\n")' > $(VENV)/test-requirements.txt
+	$(PY) -m pip install --quiet -r $(VENV)/test-requirements.txt
 	@touch $@
 
 install: $(STAMP)
 
 demo: $(STAMP)
 	$(SAY) "Running the demo"
-	@$(PY) -m megatron_kernels.cli demo
+	@$(VENV)/bin/megatron-kernels demo
 
 test: $(TEST_STAMP)
 	$(PY) -m pytest -q -m 'not slow' $(PYTEST_ARGS)
