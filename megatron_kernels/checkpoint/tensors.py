@@ -1,0 +1,83 @@
+"""A checkpoint in memory: the configuration, and tensors that come into being one at a time when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..models.config import GPT2Config
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor not yet assembled: what it will be, where it comes from, and how to make it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+    origin: str
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Canonical name -> tensor, assembled on each access and not kept.
+
+    Tensors can be views of memory-mapped files: copy one before writing into it. `entries` tells shapes and dtypes without
+    touching the data.
+    """
+
+    def __init__(self, entries: dict[str, Entry]) -> None:
+        self.entries = entries
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.entries[name].make()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __repr__(self) -> str:
+        return f"LazyTensors({len(self)} tensors, {sum(entry.nbytes for entry in self.entries.values())} bytes)"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A GPT-2 read from disk, or about to be written.
+
+    `tensors` maps canonical names (Megatron-core's) to tensors of the full model, [out, in]; QKV rows are [heads, 3, head_dim],
+    and the vocabulary has config.padded_vocab_size rows. `iteration` is the training step, where the file tells it.
+    The rest describes the files for people: `format` and `details` (label -> value), `notes` what a user should know.
+    """
+
+    config: GPT2Config
+    tensors: Mapping[str, Tensor]
+    iteration: int | None = None
+    format: str = "memory"
+    source: Path | None = None
+    details: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def meta(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of a tensor, without assembling it where `tensors` is lazy."""
+        if isinstance(self.tensors, LazyTensors):
+            entry = self.tensors.entries[name]
+            return entry.shape, entry.dtype
+        tensor = self.tensors[name]
+        return tuple(tensor.shape), tensor.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the word embeddings, which stands for the checkpoint's."""
+        return self.meta("embedding.word_embeddings.weight")[1]
