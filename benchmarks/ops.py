@@ -13,9 +13,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,7 +29,6 @@ from . import harness, report
 from .harness import Contestant
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PEERS = ("eager", "compiled")
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Case:
     eager: Callable[..., Tensor]
     forward: float
     both: float
-    compiled: Callable[..., Tensor] | None = None  # what torch.compile gets when its best form is not the eager one
+    variants: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)  # other ways to write it, for torch.compile
     rounds_output: bool = False  # the backward starts from the output as it was rounded
     small_beside_large: bool = False  # elements far below the largest of their tensor matter
 
@@ -70,7 +69,7 @@ def _eager_causal_softmax(x: Tensor, future: Tensor) -> Tensor:
 
 
 def _traced_causal_softmax(x: Tensor, future: Tensor) -> Tensor:
-    """The compiler fuses a comparison of indices into the kernel: faster for it than reading a mask."""
+    """For the compiler a comparison of indices is faster than a mask that it must read, as models hold one."""
     query, key = (torch.arange(size, device=x.device) for size in x.shape[-2:])
     return torch.softmax(x.masked_fill(key > query[:, None], float("-inf")), -1)
 
@@ -96,7 +95,8 @@ CASES = (
     Case("scaled_masked_softmax", "causal softmax", (2, 16, 1024, 1024), _softmax_inputs,
          ours=lambda x, future: mk.scaled_masked_softmax(x, causal=True),
          reference=lambda x, future: mk.reference.scaled_masked_softmax(x, causal=True),
-         eager=_eager_causal_softmax, compiled=_traced_causal_softmax, forward=1.5, both=3.5, rounds_output=True),
+         eager=_eager_causal_softmax, variants={"compile, mask from indices": _traced_causal_softmax},
+         forward=1.5, both=3.5, rounds_output=True),
     Case("bias_gelu", "bias-GeLU", (2048, 4096), _bias_gelu_inputs,
          ours=lambda x, bias: mk.bias_gelu(x, bias),
          reference=lambda x, bias: mk.reference.bias_gelu(x, bias),
@@ -138,8 +138,8 @@ def mismatch(case: Case, function: Callable[..., Tensor], inputs: tuple[Tensor, 
     """How function departs from the float64 reference on these inputs; empty when every element is within the tolerance.
 
     An element may be off by slack times 2 eps(its dtype) of its size (one rounding) plus 32 eps(float32) of the largest element
-    of its tensor (the arithmetic, which happens in float32). Where a backward starts from rounded probabilities p, the size of a
-    gradient is p max|incoming gradient|, of which the true value is a small difference.
+    of its tensor (the arithmetic, which happens in float32). Where a backward starts from rounded probabilities p, a gradient's
+    size is p max|incoming gradient|, of which the true value is a small difference.
     """
     exact_inputs = tuple(x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs)
     exact = results(case.reference, exact_inputs, None if gradient is None else gradient.double())
@@ -162,8 +162,10 @@ def mismatch(case: Case, function: Callable[..., Tensor], inputs: tuple[Tensor, 
 def contestants(case: Case, inputs: tuple[Tensor, ...], gradient: Tensor | None, peers: tuple[str, ...]) -> list[Contestant]:
     torch.compiler.reset()
     functions = {"ours": case.ours, "eager": case.eager}
-    if "compiled" in peers:
-        functions["compiled"] = torch.compile(case.compiled or case.eager, fullgraph=True, dynamic=False)
+    if "compile" in peers:
+        to_compile = {"compile": case.eager, **case.variants}
+        functions |= {name: torch.compile(function, fullgraph=True, dynamic=False) for name, function in to_compile.items()}
+        peers = (*peers, *case.variants)
     wanted = ("ours", *peers)
     x = inputs[0].detach()
     return [Contestant("clone", x.clone),
@@ -237,7 +239,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--ops", nargs="+", choices=ops, default=ops, metavar="OP", help=f"of {', '.join(ops)}; default all")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"])
     parser.add_argument("--modes", nargs="+", choices=["forward", "both"], default=["forward", "both"])
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, help="whom to run beside; default both")
+    parser.add_argument("--peers", nargs="*", choices=report.PEERS, default=report.PEERS, help="default both")
     parser.add_argument("--implementation", default="cpu", help="as in megatron_kernels.use; default cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
                         else os.cpu_count(), help="default: the processors this process may use")

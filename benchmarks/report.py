@@ -20,6 +20,7 @@ LEADS = {("scaled_masked_softmax", dtype, mode): 3.0 for dtype in ("fp32", "bf16
     ("bias_gelu", "fp32", "forward"): 2.0, ("bias_gelu", "fp32", "both"): 2.0,
     ("bias_gelu", "bf16", "forward"): 3.0, ("bias_gelu", "bf16", "both"): 3.0,
     ("cross_entropy", "fp32", "both"): 1.3, ("cross_entropy", "bf16", "both"): 2.0}
+PEERS = ("eager", "compile")
 BEGIN, END = "<!-- results: written by python -m benchmarks.ops --readme -->", "<!-- results end -->"
 
 
@@ -53,7 +54,12 @@ class Row:
 
     @property
     def peers(self) -> list[str]:
-        return [name for name in self.timings if name not in ("floor", "ours")]
+        return [name for name in PEERS if name in self.timings]
+
+    @property
+    def variants(self) -> list[str]:
+        """Further ways to write the op for a peer: reported, but not what the lead is taken over."""
+        return [name for name in self.timings if name not in ("floor", "ours", *PEERS)]
 
     def speedup(self, peer: str) -> float:
         return self.timings[peer].median / self.timings["ours"].median
@@ -68,7 +74,7 @@ class Row:
     def as_json(self) -> dict[str, object]:
         derived: dict[str, object] = {} if self.failure else {
             "times_floor": self.times_floor, "floor_limit": self.floor_limit, "lead_over_best_peer": self.lead_over_best,
-            "lead_expected": self.lead, "speedup": {peer: self.speedup(peer) for peer in self.peers},
+            "lead_expected": self.lead, "speedup": {name: self.speedup(name) for name in (*self.peers, *self.variants)},
             "gigabytes_per_second": {name: self.gigabytes_per_second(name) for name in self.timings}}
         return asdict(self) | derived
 
@@ -102,7 +108,7 @@ class Results:
 def console(stderr: bool = False) -> Console:
     """A console that keeps the table whole where the output is no terminal."""
     console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=140)
+    return console if console.is_terminal else Console(stderr=stderr, width=150)
 
 
 def against(value: float | None, limit: float | None, at_most: bool) -> str:
@@ -127,7 +133,7 @@ def cells(row: Row, peers: list[str]) -> list[str]:
 
 
 def header(peers: list[str]) -> list[str]:
-    return ["", "ours ms", "p20-p80", "floor ms", *(f"{peer} ms" for peer in peers), "GB/s", "x floor",
+    return ["", "ours", "p20-p80", "floor", *peers, "GB/s", "x floor",
             *(f"x {peer}" for peer in peers), "x better"]
 
 
@@ -146,16 +152,19 @@ def show(results: Results) -> None:
         if not rows:
             continue
         peers = next((row.peers for row in rows if row.timings), [])
-        table = Table(title=f"CPU, {title}", title_justify="left", box=box.SIMPLE)
-        table.add_column("op")
+        table = Table(title=f"CPU, milliseconds: {title}", title_justify="left", box=box.SIMPLE)
+        table.add_column("op", no_wrap=True)
         for column in header(peers):
-            table.add_column(column, justify="right" if column else "left", vertical="middle")
+            table.add_column(column, justify="right" if column else "left", no_wrap=True)
         for _, group in itertools.groupby(rows, key=lambda row: row.op):
             for position, row in enumerate(group):
                 table.add_row([row.title, dimensions(row)][position] if position < 2 else "", *cells(row, peers))
             table.add_section()
         out.print(table)
         for row in rows:
+            for name in row.variants:
+                out.print(f"{row.title} {row.dtype} {row.mode}, {name}: {row.timings[name].median:.2f} ms, "
+                          f"{row.speedup(name):.2f} x ours", highlight=False)
             if row.failure:
                 out.print(f"{row.title} {row.dtype} {row.mode} is wrong, so it was not timed: {row.failure}", style="bold red")
     out.print(results.described(), style="dim", highlight=False)
@@ -182,7 +191,10 @@ def markdown(results: Results) -> str:
     lines = [["op", "shape", *header(peers)]]
     lines += [["---"] * 3 + ["---:"] * (len(lines[0]) - 3)]
     lines += [[row.title, dimensions(row), *cells(row, peers)] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\nMeasured on {results.described()}."
+    notes = [f"{row.title} {row.dtype} {row.mode}, {name}: {row.timings[name].median:.2f} ({row.speedup(name):.2f} x ours)"
+             for row in rows for name in row.variants]
+    return "\n".join(["Milliseconds.", "", *("| " + " | ".join(line) + " |" for line in lines), "",
+                      *([". ".join(notes) + ".", ""] if notes else []), f"Measured on {results.described()}."])
 
 
 def write_readme(path: Path, results: Results) -> None:

@@ -1,0 +1,252 @@
+"""A training step of GPT-2 beside Hugging Face's, eager and compiled: `python -m benchmarks.gpt2`.
+
+Forward and backward of the same model on the same tokens: 4 layers, 1024 hidden, 16 heads, vocabulary 50304, 2 x 512 tokens, no
+dropout. The contestants take turns in one process, with the same number of threads, after their losses and gradients have been
+compared. "Products" runs the step's matrix products and nothing else, in PyTorch: a step can be faster than that only by faster or
+fewer products. Peak memory is taken for each contestant in a process of its own. See docs/gpt2.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.table import Table
+
+from megatron_kernels.models import GPT2, GPT2Config
+
+from . import harness, report
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LIMITS = {"fp32": 1.1, "bf16": 1.35}  # times faster than the compiled peer that our step should be
+BATCH, LENGTH = 2, 512
+# Every block above 64 KiB is mapped for itself and unmapped when freed, so that resident memory is what is alive.
+EXACT_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
+
+
+def config(attention: str) -> GPT2Config:
+    return GPT2Config(num_layers=4, hidden_size=1024, num_attention_heads=16, vocab_size=50304, max_position_embeddings=1024,
+                      hidden_dropout=0.0, embedding_dropout=0.0, attention_dropout=0.0, attention=attention)
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 50257, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def huggingface(c: GPT2Config, dtype: torch.dtype, weights: dict[str, torch.Tensor] | None = None) -> torch.nn.Module:
+    """Hugging Face's model of the same shape, with our weights where they are given, in training mode."""
+    from transformers import GPT2Config as TheirConfig
+    from transformers import GPT2LMHeadModel
+    model = GPT2LMHeadModel(TheirConfig(
+        n_layer=c.num_layers, n_embd=c.hidden_size, n_head=c.num_attention_heads, n_positions=c.max_position_embeddings,
+        vocab_size=c.vocab_size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=0,
+        eos_token_id=0, loss_type="ForCausalLMLoss")).to(dtype)
+    if weights:
+        state = {theirs: to_their_layout(ours, weights[ours], c) for ours, theirs in pairs(c)}
+        model.load_state_dict(state | {"lm_head.weight": state["transformer.wte.weight"]})
+    return model.train()
+
+
+def pairs(c: GPT2Config) -> Iterator[tuple[str, str]]:
+    """Our parameter names and Hugging Face's."""
+    yield "embedding.word_embeddings.weight", "transformer.wte.weight"
+    yield "embedding.position_embeddings.weight", "transformer.wpe.weight"
+    modules = {"input_layernorm": "ln_1", "self_attention.linear_qkv": "attn.c_attn",
+               "self_attention.linear_proj": "attn.c_proj", "pre_mlp_layernorm": "ln_2", "mlp.linear_fc1": "mlp.c_fc",
+               "mlp.linear_fc2": "mlp.c_proj"}
+    names = [(f"decoder.layers.{i}.{a}", f"transformer.h.{i}.{b}") for i in range(c.num_layers) for a, b in modules.items()]
+    for ours, theirs in [*names, ("decoder.final_layernorm", "transformer.ln_f")]:
+        yield from ((f"{ours}.{kind}", f"{theirs}.{kind}") for kind in ("weight", "bias"))
+
+
+def to_their_layout(name: str, tensor: torch.Tensor, c: GPT2Config) -> torch.Tensor:
+    """q, k and v one after the other instead of head by head, and the weights of linear layers transposed."""
+    if "linear_qkv" in name:
+        tensor = tensor.view(c.num_attention_heads, 3, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
+    return tensor.T if ".linear_" in name and tensor.dim() == 2 else tensor
+
+
+def step_of(model: torch.nn.Module, call: Callable[..., object] | None = None) -> Callable[[], torch.Tensor]:
+    """Forward, backward, gradients made anew; returns the loss."""
+    ids, call = tokens(), call or model
+
+    def step() -> torch.Tensor:
+        model.zero_grad(set_to_none=True)
+        out = call(input_ids=ids, labels=ids)
+        loss = out if isinstance(out, torch.Tensor) else out.loss
+        loss.backward()
+        return loss.detach()
+    return step
+
+
+def products(c: GPT2Config, dtype: torch.dtype) -> Callable[[], None]:
+    """The matrix products of forward and backward on operands made beforehand, attention without use of causality."""
+    n, h, heads = BATCH * LENGTH, c.hidden_size, c.num_attention_heads
+
+    def made(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape).to(dtype)
+
+    layer = ((h, 3 * h), (h, h), (h, 4 * h), (4 * h, h))
+    linear = [(made(n, i), made(o, i), made(n, o)) for i, o in (*layer * c.num_layers, (h, c.vocab_size))]
+    narrow, square = (made(BATCH * heads, LENGTH, size) for size in (h // heads, LENGTH))
+
+    def step() -> None:
+        for x, weight, dy in linear:
+            x @ weight.T
+            dy @ weight
+            dy.T @ x
+        for _ in range(c.num_layers):
+            for _ in range(2):  # scores and the gradient of the probabilities
+                narrow @ narrow.mT
+            for _ in range(4):  # the output, and the gradients of q, k and v
+                square @ narrow
+    return step
+
+
+def disagreement(ours: GPT2, theirs: torch.nn.Module, dtype: torch.dtype) -> str:
+    """How the two models' loss or gradients differ by more than 50 roundings of the dtype; empty when none does."""
+    limit = 50 * torch.finfo(dtype).eps
+    ours_loss, theirs_loss = step_of(ours)(), step_of(theirs)()
+    if not abs(ours_loss - theirs_loss) <= limit * abs(theirs_loss):
+        return f"loss {ours_loss:.6f}, expected {theirs_loss:.6f}"
+    gradients = dict(theirs.named_parameters())
+    for name, their_name in pairs(ours.config):
+        expected = gradients[their_name].grad
+        found = to_their_layout(name, ours.get_parameter(name).grad, ours.config)
+        error = ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+        if not error <= limit:
+            return f"gradient of {name} is off by {error:.1e} of its norm, allowed {limit:.1e}"
+    return ""
+
+
+def contestant(name: str, dtype: torch.dtype, attention: str) -> Callable[[], torch.Tensor]:
+    if name == "ours":
+        return step_of(GPT2(config(attention), dtype=dtype, seed=0))
+    model = huggingface(config(attention), dtype)
+    return step_of(model, torch.compile(model) if name == "compile" else None)
+
+
+def resident(field: str) -> float:
+    """MiB of this process: field is VmRSS (now) or VmHWM (highest since it was last reset)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def peak_of_a_step(name: str, dtype: torch.dtype, attention: str) -> dict[str, float]:
+    """MiB that the third step holds at its highest, in all and above what was there before it (parameters and program)."""
+    step = contestant(name, dtype, attention)
+    for _ in range(2):
+        step()
+    model = next(cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, torch.nn.Module))
+    model.zero_grad(set_to_none=True)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    step()
+    peak = resident("VmHWM")
+    return {"total": peak, "step": peak - before}
+
+
+def peak_in_own_process(name: str, args: argparse.Namespace, dtype: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.gpt2", "--peak-of", name, "--dtype", dtype, "--attention", args.attention,
+               "--threads", str(args.threads)]
+    done = subprocess.run(command, env=os.environ | EXACT_ALLOCATOR, cwd=harness.ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"the process that measures the memory of {name} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(dtype_name: str, args: argparse.Namespace) -> dict:
+    dtype = DTYPES[dtype_name]
+    ours = GPT2(config(args.attention), dtype=dtype, seed=0)
+    theirs = huggingface(ours.config, dtype, dict(ours.state_dict()))
+    failure = disagreement(ours, theirs, dtype)
+    if failure:
+        return {"dtype": dtype_name, "failure": failure}
+    contestants = {"ours": step_of(ours), "eager": step_of(theirs), "compile": step_of(theirs, torch.compile(theirs)),
+                   "products": products(ours.config, dtype)}
+    timings = harness.interleave([harness.Contestant(*item) for item in contestants.items()], seconds=args.seconds,
+                                 min_rounds=args.rounds)
+    del ours, theirs, contestants
+    measured = () if args.no_memory else ("ours", "eager", "compile")
+    memory = {name: peak_in_own_process(name, args, dtype_name) for name in measured}
+    return {"dtype": dtype_name, "failure": "", "limit": LIMITS[dtype_name], "attention": args.attention,
+            "ratio": timings["compile"].median / timings["ours"].median, "memory_mib": memory,
+            "timings_ms": {name: asdict(timing) for name, timing in timings.items()}}
+
+
+def show(rows: list[dict]) -> None:
+    out = report.console()
+    table = Table(title="Training step of GPT-2 on the CPU (median of interleaved steps)", title_justify="left", box=box.SIMPLE)
+    for column in ("", "ms", "p20-p80", "x ours", "peak MiB", "of it the step"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    titles = {"ours": "megatron_kernels", "eager": "Hugging Face eager", "compile": "Hugging Face compiled",
+              "products": "matrix products alone"}
+    for row in rows:
+        if row["failure"]:
+            out.print(f"{row['dtype']} is wrong, so it was not timed: {row['failure']}", style="bold red")
+            continue
+        ours = row["timings_ms"]["ours"]["median"]
+        for name, t in row["timings_ms"].items():
+            peak = row["memory_mib"].get(name, {})
+            table.add_row(f"{row['dtype']} {titles[name]}", f"{t['median']:.0f}", f"{t['p20']:.0f}-{t['p80']:.0f}",
+                          f"{t['median'] / ours:.2f}", *(f"{peak[key]:.0f}" if peak else "" for key in ("total", "step")))
+        table.add_section()
+    out.print(table)
+    for row in rows:
+        if not row["failure"]:
+            verdict = "reached" if row["ratio"] >= row["limit"] else "not reached"
+            alone = row["timings_ms"]["compile"]["median"] / row["timings_ms"]["products"]["median"]
+            out.print(f"{row['dtype']}: {row['ratio']:.2f} x Hugging Face compiled ({row['limit']} {verdict}); the matrix "
+                      f"products alone would be {alone:.2f} x", highlight=False)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpt2", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--attention", choices=["softmax", "sdpa"], default="softmax", help="of ours; Hugging Face has sdpa")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all this process may use")
+    parser.add_argument("--rounds", type=int, help="at least so many steps of each; default 11, with --quick 3")
+    parser.add_argument("--seconds", type=float, default=0.0, help="and for at least so long")
+    parser.add_argument("--quick", action="store_true", help="fewer steps")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--peak-of", choices=["ours", "eager", "compile"], help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.rounds = args.rounds or (3 if args.quick else 11)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    if args.peak_of:
+        print(json.dumps(peak_of_a_step(args.peak_of, DTYPES[args.dtype[0]], args.attention)))
+        return 0
+    if not harness.is_reusing_allocator():
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.gpt2", *argv], harness.allocator_environment(reusing=True))
+    rows = [run(dtype, args) for dtype in args.dtype]
+    environment = asdict(harness.environment())
+    show(rows)
+    settings = " ".join(f"{name}={value}" for name, value in harness.REUSING_ALLOCATOR.items())
+    report.console().print(f"Every contestant with {args.threads} threads; timed in a process restarted with {settings}; "
+                           "peak memory in processes where every large block is mapped for itself.\n"
+                           f"{report.Results(environment, []).described()}",
+                           style="dim", highlight=False)
+    if args.json:
+        Path(args.json).write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+    return 1 if any(row["failure"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
