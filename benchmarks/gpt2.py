@@ -2,8 +2,8 @@
 
 Forward and backward of the same model on the same tokens: 4 layers, 1024 hidden, 16 heads, vocabulary 50304, 2 x 512 tokens, no
 dropout. The contestants take turns in one process, with the same number of threads, after their losses and gradients have been
-compared. "Products" runs the step's matrix products and nothing else, in PyTorch: a step can be faster than that only by faster or
-fewer products. Peak memory is taken for each contestant in a process of its own. See docs/gpt2.md.
+compared. "Products" runs the matrix products of the step and nothing else, in PyTorch: only faster or fewer products can make a
+step faster than that. Peak memory is taken for each contestant in a process of its own. See docs/gpt2.md.
 """
 
 from __future__ import annotations

@@ -51,8 +51,8 @@ def plain(weights: dict, config: GPT2Config, ids: torch.Tensor, keep: torch.Tens
         scores = (q @ k.transpose(2, 3) / size**0.5).masked_fill(~allowed, -torch.inf)
         y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(b, s, -1)
         x = x + linear(y, f"{layer}.self_attention.linear_proj")
-        y = F.gelu(linear(norm(x, f"{layer}.pre_mlp_layernorm"), f"{layer}.mlp.linear_fc1"), approximate=config.gelu_approximate)
-        x = x + linear(y, f"{layer}.mlp.linear_fc2")
+        y = linear(norm(x, f"{layer}.pre_mlp_layernorm"), f"{layer}.mlp.linear_fc1")
+        x = x + linear(F.gelu(y, approximate=config.gelu_approximate), f"{layer}.mlp.linear_fc2")
     head = weights.get("output_layer.weight", weights["embedding.word_embeddings.weight"])
     return (norm(x, "decoder.final_layernorm") @ head.T)[..., :config.vocab_size]
 
@@ -174,8 +174,7 @@ def test_attention_probabilities():
 
 @pytest.mark.parametrize("where", ["hidden_dropout", "embedding_dropout", "attention_dropout"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_dropout(where, kind):
-    """Off in eval mode, the same for the same seed, and right on average: in a linear model the mean over draws is the eval output."""
+def test_dropout_follows_the_seed_and_is_off_in_eval(where, kind):
     model, ids = make(torch.float64, attention=kind, **{where: 0.25}), tokens(1, 6)
 
     def draw(seed):
@@ -194,13 +193,13 @@ def test_dropout_keeps_the_mean_and_drops_its_share():
     with torch.no_grad():
         layer.mlp.linear_fc2.weight.zero_()  # what is left of the mlp is its bias, so a dropped element shows as an exact x
         torch.manual_seed(0)
-        change = torch.stack([layer(x, None, None, False)[0] for _ in range(400)])
+        change = torch.stack([layer(x)[0] for _ in range(400)])
         layer.eval()
-        torch.testing.assert_close(change.mean(0), layer(x, None, None, False)[0], rtol=0, atol=0.35)
+        torch.testing.assert_close(change.mean(0), layer(x)[0], rtol=0, atol=0.35)
         layer.train()
         layer.self_attention.linear_proj.weight.zero_()
         layer.self_attention.linear_proj.bias.zero_()
-        dropped = torch.stack([(layer(x, None, None, False)[0] == x).double().mean() for _ in range(200)]).mean()
+        dropped = torch.stack([(layer(x)[0] == x).double().mean() for _ in range(200)]).mean()
     assert abs(dropped.item() - 0.25) < 0.02
 
 

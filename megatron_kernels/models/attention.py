@@ -32,7 +32,7 @@ class SelfAttention(nn.Module):
                 return_probs: bool = False) -> tuple[Tensor, Tensor | None]:
         """x [b, s, h] -> [b, s, h], and the attention probabilities [b, heads, s, keys] before dropout when asked for.
 
-        mask is what `attention_mask_for` made for this kind of attention. With a cache, x holds the tokens after the cached ones.
+        mask is what `attention_mask_for` made for this kind of attention. With a cache, x holds the tokens after those in it.
         """
         b, s, _ = x.shape
         q, k, v = self.linear_qkv(x).view(b, s, -1, 3, self.head_dim).transpose(1, 2).unbind(3)  # [b, heads, s, head_dim] each

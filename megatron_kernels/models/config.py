@@ -19,8 +19,8 @@ class GPT2Config:
     num_attention_heads: int = 16
     max_position_embeddings: int = 1024
     vocab_size: int = 50257
-    padded_vocab_size: int | None = None
-    ffn_hidden_size: int | None = None  # None: 4 x hidden_size
+    padded_vocab_size: int = None  # type: ignore[assignment]  # None: vocab_size
+    ffn_hidden_size: int = None  # type: ignore[assignment]  # None: 4 x hidden_size
     layernorm_epsilon: float = 1e-5
     gelu_approximate: str = "tanh"  # "tanh", or "none" for erf
     untie_embeddings_and_output_weights: bool = False

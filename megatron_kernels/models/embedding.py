@@ -47,7 +47,7 @@ class _EmbedAndShare(torch.autograd.Function):
     def backward(ctx, drows, dtable):
         (ids,) = ctx.saved_tensors
         ids, drows = ids.reshape(-1).long(), drows.reshape(-1, drows.shape[-1])
-        # dtable may be written: the head's product made it for this node alone. index_put_ sorts on a GPU, so it repeats bitwise.
+        # The head's product made dtable for this node alone, so it may be written. On a GPU index_put_ repeats bitwise.
         return (dtable.index_add_(0, ids, drows) if ids.is_cpu else dtable.index_put_((ids,), drows, accumulate=True)), None
 
 

@@ -29,7 +29,7 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values [b, heads, s, head_dim] after the tokens already there; return all [b, heads, length + s, head_dim]."""
+        """Store keys and values [b, heads, s, head_dim] after those there; return all, [b, heads, length + s, head_dim]."""
         end = self.length + keys.shape[2]
         batch, capacity = self.keys.shape[1], self.keys.shape[3]
         if end > capacity or keys.shape[0] != batch:
@@ -74,8 +74,7 @@ def generate(self: GPT2, input_ids: Tensor, *, max_new_tokens: int, temperature:
     if attention_mask is not None:
         keep = torch.ones_like(out)
         keep[:, :s] = attention_mask != 0
-    weight = self.decoder.final_layernorm.weight
-    cache = KVCache(self.config, b, s + max_new_tokens - 1, device=device, dtype=weight.dtype)
+    cache = KVCache(self.config, b, s + max_new_tokens - 1, device=device, dtype=next(self.parameters()).dtype)
     done = torch.zeros(b, dtype=torch.bool, device=device)
     was_training = self.training
     self.eval()
@@ -95,7 +94,8 @@ def generate(self: GPT2, input_ids: Tensor, *, max_new_tokens: int, temperature:
     return out
 
 
-def _draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None) -> Tensor:
+def _draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
+          generator: torch.Generator | None) -> Tensor:
     """One token per row of logits [b, V]."""
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
@@ -111,8 +111,8 @@ def _draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | 
     return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
 
 
-def _check(config: GPT2Config, input_ids: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None,
-           eos_token_id: int | None, attention_mask: Tensor | None) -> None:
+def _check(config: GPT2Config, input_ids: Tensor, max_new_tokens: int, temperature: float, top_k: int | None,
+           top_p: float | None, eos_token_id: int | None, attention_mask: Tensor | None) -> None:
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"generate: input_ids must be [batch, seq] with at least one token, got {list(input_ids.shape)}")
     if max_new_tokens < 0:
@@ -122,7 +122,7 @@ def _check(config: GPT2Config, input_ids: Tensor, max_new_tokens: int, temperatu
         raise ValueError(f"generate: {input_ids.shape[1]} prompt + {max_new_tokens} new tokens are more than "
                          f"max_position_embeddings {config.max_position_embeddings}")
     if not temperature > 0:
-        raise ValueError(f"generate: temperature must be above 0, got {temperature} (do_sample=False takes the likeliest token)")
+        raise ValueError(f"generate: temperature must be above 0, got {temperature} (do_sample=False draws nothing)")
     if top_k is not None and top_k < 1:
         raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:

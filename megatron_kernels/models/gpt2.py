@@ -54,7 +54,8 @@ class Layer(nn.Module):
         self.mlp = MLP(config, device, dtype)
         self.dropout = config.hidden_dropout
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, return_probs: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None,
+                return_probs: bool = False) -> tuple[Tensor, Tensor | None]:
         y, probs = self.self_attention(self.input_layernorm(x), mask, cache, return_probs)
         x = x + F.dropout(y, self.dropout, self.training)
         return x + F.dropout(self.mlp(self.pre_mlp_layernorm(x)), self.dropout, self.training), probs
@@ -75,8 +76,8 @@ class GPT2(nn.Module):
     Args:
         config: its shape; config.attention chooses the fused softmax or torch's scaled_dot_product_attention.
         device, dtype: of the parameters.
-        seed: of the initial weights. None draws one from torch's default generator, so torch.manual_seed governs it. The weights
-            of a parameter depend on the seed and the parameter's name alone.
+        seed: of the initial weights; those of a parameter depend on the seed and the parameter's name alone. None draws a seed
+            from torch's default generator.
         activation_checkpointing: keep only the input of each layer for the backward and run the layer again there; also an
             attribute, to be changed at any time. Gradients are bitwise the same, dropout included.
     """
@@ -97,8 +98,8 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int | None = None) -> None:
-        """Megatron-LM's initial weights: N(0, init_method_std), and that / sqrt(2 num_layers) for the two projections that write
-        to the residual stream; biases 0, layer norms the identity."""
+        """Megatron-LM's initial weights: N(0, init_method_std), with std / sqrt(2 num_layers) for the two projections of each
+        layer that write to the residual stream; biases 0, layer norms the identity."""
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -125,20 +126,20 @@ class GPT2(nn.Module):
             position_ids: [b, s]; by default they count the tokens of attention_mask, or from the cache's length.
             cache: keys and values of earlier tokens; those of input_ids are added to it.
             logits_to_keep: compute the logits of the last n positions alone. Not together with labels.
-            return_attention_probs: also return a list with each layer's probabilities [b, heads, s, cached + s], before dropout.
+            return_attention_probs: also return each layer's probabilities before dropout, a list of [b, heads, s, cached + s].
                 For attention="softmax" alone.
 
         Returns:
-            Logits [b, s or logits_to_keep, vocab_size] in the parameters' dtype, or the loss, a float32 scalar (float64 for float64). With
-            return_attention_probs a pair with the list.
+            Logits [b, s or logits_to_keep, vocab_size] in the parameters' dtype, or the loss, a float32 scalar (float64 for
+            float64); with return_attention_probs, a pair of that and the list.
 
         Raises:
-            ValueError: ids that are not a [b, s] integer tensor, a sequence beyond max_position_embeddings, a mask, position_ids
+            ValueError: ids that are not a [b, s] integer tensor, a sequence beyond max_position_embeddings, a mask, positions
                 or labels of another shape, or probabilities asked of attention="sdpa".
         """
         past = 0 if cache is None else cache.length
         self._check(input_ids, labels, attention_mask, position_ids, past, logits_to_keep, return_attention_probs)
-        b, s = input_ids.shape
+        s = input_ids.shape[1]
         if position_ids is None:
             if attention_mask is None:
                 position_ids = torch.arange(past, past + s, device=input_ids.device)[None]
@@ -175,7 +176,8 @@ class GPT2(nn.Module):
             raise ValueError(f"GPT2: input_ids must be [batch, seq] of int64 or int32, got {_say(input_ids)}")
         b, s = input_ids.shape
         if past + s > self.config.max_position_embeddings:
-            raise ValueError(f"GPT2: {past + s} tokens are more than max_position_embeddings {self.config.max_position_embeddings}")
+            raise ValueError(f"GPT2: {past + s} tokens are more than max_position_embeddings "
+                             f"{self.config.max_position_embeddings}")
         for name, value, shape in (("labels", labels, (b, s)), ("attention_mask", attention_mask, (b, past + s)),
                                    ("position_ids", position_ids, (b, s))):
             if value is not None and value.shape != shape:
@@ -201,7 +203,10 @@ class GPT2(nn.Module):
         """
         with torch.device("meta"):
             model = cls(dataclasses.replace(checkpoint.config, **changes))
-        tensors = {name: checkpoint.tensors[name].to(dtype=dtype) if dtype else checkpoint.tensors[name] for name in checkpoint.tensors}
+        tensors = {}
+        for name in checkpoint.tensors:
+            tensor = checkpoint.tensors[name]
+            tensors[name] = tensor if dtype is None else tensor.to(dtype)
         model.load_state_dict(tensors, assign=True)
         return model.eval()
 
@@ -222,7 +227,8 @@ class GPT2(nn.Module):
         from .. import checkpoint
         return cls.from_checkpoint(checkpoint.load(path), dtype, **changes)
 
-    def save_megatron(self, directory: str | Path, *, tensor_parallel: int = 1, pipeline_parallel: int = 1, **options: Any) -> None:
+    def save_megatron(self, directory: str | Path, *, tensor_parallel: int = 1, pipeline_parallel: int = 1,
+                      **options: Any) -> None:
         """Write a Megatron-LM checkpoint for that parallel size; see `megatron_kernels.checkpoint.save_megatron`."""
         from .. import checkpoint
         checkpoint.save_megatron(self._checkpoint(), directory, tensor_parallel=tensor_parallel,
