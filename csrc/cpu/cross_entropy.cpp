@@ -1,0 +1,137 @@
+// The forward reads the logits once: tile by tile, each while it is in the nearest cache, it keeps a running maximum and the sum of
+// exponentials relative to it (T bytes per element). The backward reads and writes once (2T), from the saved log-sum-exp.
+#include "../cross_entropy.h"
+
+#include "simd.h"
+
+namespace mk::cpu::MK_ISA {
+namespace {
+
+constexpr int64_t kTile = 1024;
+
+template <class A>
+struct RowState {
+  A top = -kInfinity<A>, exps = 0, sum = 0;  // max, sum of exp(x - max), sum of x
+};
+
+template <class T, bool kSum>
+RowState<acc_t<T>> scan(const T* x, int64_t cols) {
+  using A = acc_t<T>;
+  RowState<A> s;
+  for (int64_t begin = 0; begin < cols; begin += kTile) {
+    const T* tile = x + begin;
+    int64_t n = min(kTile, cols - begin);
+    A top = s.top, exps = 0, sum = 0;
+    MK_SIMD_MAX(top) for (int64_t j = 0; j < n; ++j) {
+      A v = load(tile[j]);
+      top = v > top ? v : top;
+    }
+    if (top == -kInfinity<A>) {  // -inf - -inf would make NaN of a row that has finite logits further on; a NaN must stay
+      for (int64_t j = 0; j < n; ++j) {
+        A v = load(tile[j]);
+        if (v != v) s.exps = v;
+      }
+      if (kSum) s.sum = top;
+      continue;
+    }
+    MK_SIMD_SUM(exps, sum) for (int64_t j = 0; j < n; ++j) {
+      A v = load(tile[j]);
+      exps += math::exp(v - top);
+      if (kSum) sum += v;
+    }
+    s.exps = s.exps * math::exp(s.top - top) + exps;
+    s.sum += sum;
+    s.top = top;
+  }
+  return s;
+}
+
+// Keeps the smallest row number among all threads'.
+void report(int64_t* bad_row, int64_t row) {
+  int64_t seen = __atomic_load_n(bad_row, __ATOMIC_RELAXED);
+  while (row < seen && !__atomic_compare_exchange_n(bad_row, &seen, row, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
+
+template <class Args>
+bool is_class(const Args& a, int64_t target) {
+  return target >= 0 && target < a.vocab_size;
+}
+
+// Columns of this shard that are classes.
+template <class Args>
+int64_t class_columns(const Args& a) {
+  return max<int64_t>(0, min(a.cols, a.vocab_size - a.vocab_start));
+}
+
+template <class T>
+void forward(const CrossEntropyForward& a, ParallelFor pf) {
+  using A = acc_t<T>;
+  int64_t cols = class_columns(a);
+  A alpha = A(a.label_smoothing);
+  parallel(pf, a.rows, a.cols, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      const T* x = static_cast<const T*>(a.logits) + row * a.cols;
+      int64_t target = a.target[row], column = target - a.vocab_start;
+      bool ignored = target == a.ignore_index, bad = !ignored && !is_class(a, target);
+      if (bad) report(a.bad_row, row);
+      RowState<A> s;
+      if (!ignored) s = a.label_smoothing != 0 ? scan<T, true>(x, cols) : scan<T, false>(x, cols);
+      bool here = !ignored && !bad && column >= 0 && column < cols;
+      if (a.partial) {
+        A* out = static_cast<A*>(a.partial) + row * 3;
+        out[0] = s.top;
+        out[1] = s.exps;
+        out[2] = (here ? (A(1) - alpha) * load(x[column]) : A(0)) + alpha / A(a.vocab_size) * s.sum;
+        if (bad) out[2] = kNaN<A>;
+        continue;
+      }
+      A log_exps = math::log(s.exps), lse = s.top + log_exps, loss = 0;
+      if (here) {  // differences from the maximum, so that large logits don't cancel
+        loss = log_exps - (A(1) - alpha) * (load(x[column]) - s.top) + A(a.z_loss) * lse * lse;
+        if (alpha != 0) loss -= alpha * (s.sum / A(a.vocab_size) - s.top);
+      }
+      static_cast<A*>(a.loss)[row] = bad ? kNaN<A> : loss;
+      static_cast<A*>(a.lse)[row] = lse;
+    }
+  });
+}
+
+template <class T>
+void backward(const CrossEntropyBackward& a, ParallelFor pf) {
+  using A = acc_t<T>;
+  int64_t cols = class_columns(a);
+  A alpha = A(a.label_smoothing);
+  parallel(pf, a.rows, a.cols, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      const T* x = static_cast<const T*>(a.logits) + row * a.cols;
+      T* dx = static_cast<T*>(a.dlogits) + row * a.cols;
+      int64_t target = a.target[row], column = target - a.vocab_start;
+      if (target == a.ignore_index) {
+        clear(dx, a.cols);
+        continue;
+      }
+      A lse = static_cast<const A*>(a.lse)[row], dloss = static_cast<const A*>(a.dloss)[row];
+      if (!is_class(a, target)) dloss = kNaN<A>;
+      A factor = dloss * (A(1) + A(2) * A(a.z_loss) * lse), uniform = dloss * alpha / A(a.vocab_size);
+      bool here = column >= 0 && column < cols;
+      // p - 1 formed in float: in 16 bits it would cancel where p is close to 1.
+      A true_class = here ? factor * math::exp(load(x[column]) - lse) - uniform - dloss * (A(1) - alpha) : A(0);
+      MK_SIMD for (int64_t j = 0; j < cols; ++j) dx[j] = store<T>(factor * math::exp(load(x[j]) - lse) - uniform);
+      if (here) dx[column] = store<T>(true_class);
+      clear(dx + cols, a.cols - cols);
+    }
+  });
+}
+
+}  // namespace
+
+void cross_entropy_forward(const CrossEntropyForward& a, ParallelFor pf) {
+  visit(a.dtype, [&](auto type) { forward<typename decltype(type)::type>(a, pf); });
+}
+
+void cross_entropy_backward(const CrossEntropyBackward& a, ParallelFor pf) {
+  visit(a.dtype, [&](auto type) { backward<typename decltype(type)::type>(a, pf); });
+}
+
+}  // namespace mk::cpu::MK_ISA

@@ -1,0 +1,107 @@
+// Softmax of a row that fits in cache: the maximum, then exp and its sum into a float buffer, then one scaled write. A row too long
+// for the buffer computes exp twice instead. Moves 2T bytes per element forward and 3T backward; causal rows stop at the diagonal.
+#include "../scaled_masked_softmax.h"
+
+#include "simd.h"
+
+namespace mk::cpu::MK_ISA {
+namespace {
+
+constexpr int64_t kBuffer = 8192;  // elements of a row kept on the stack between the passes
+
+int64_t mask_offset(const RowMask& mask, int64_t row) {
+  int64_t offset = 0;
+  for (int d = mask.ndim - 1; d >= 0; --d) {
+    offset += row % mask.size[d] * mask.stride[d];
+    row /= mask.size[d];
+  }
+  return offset;
+}
+
+// Columns of `row` at or left of the diagonal.
+int64_t live_columns(bool causal, int64_t row, int64_t queries, int64_t cols) {
+  return causal ? max<int64_t>(0, min(cols, row % queries + cols - queries + 1)) : cols;
+}
+
+template <class T, bool kMasked>
+void forward_row(const T* x, const uint8_t* mask, T* y, int64_t n, acc_t<T> scale) {
+  using A = acc_t<T>;
+  auto masked = [&](int64_t j) { return kMasked && mask[j]; };
+  if constexpr (kMasked) {
+    int live = 0;
+    MK_SIMD_SUM(live) for (int64_t j = 0; j < n; ++j) live += mask[j] == 0;
+    if (!live) return clear(y, n);
+  }
+  A top = -kInfinity<A>;
+  MK_SIMD_MAX(top) for (int64_t j = 0; j < n; ++j) {
+    A z = load(x[j]) * scale;
+    z = masked(j) ? -kInfinity<A> : z;
+    top = z > top ? z : top;
+  }
+  auto exponential = [&](int64_t j) {
+    A e = math::exp(load(x[j]) * scale - top);
+    return masked(j) ? A(0) : e;
+  };
+  A sum = 0;
+  if (n <= kBuffer) {
+    A e[kBuffer];
+    MK_SIMD_SUM(sum) for (int64_t j = 0; j < n; ++j) sum += e[j] = exponential(j);
+    A inverse = A(1) / sum;
+    MK_SIMD for (int64_t j = 0; j < n; ++j) y[j] = store<T>(masked(j) ? A(0) : e[j] * inverse);
+  } else {
+    MK_SIMD_SUM(sum) for (int64_t j = 0; j < n; ++j) sum += exponential(j);
+    A inverse = A(1) / sum;
+    MK_SIMD for (int64_t j = 0; j < n; ++j) y[j] = store<T>(masked(j) ? A(0) : exponential(j) * inverse);
+  }
+}
+
+template <class T>
+void forward(const SoftmaxForward& a, ParallelFor pf) {
+  parallel(pf, a.rows, a.cols, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      const T* x = static_cast<const T*>(a.x) + row * a.cols;
+      T* y = static_cast<T*>(a.y) + row * a.cols;
+      const uint8_t* mask = a.mask.data ? a.mask.data + mask_offset(a.mask, row) : nullptr;
+      int64_t n = live_columns(a.causal, row, a.queries, a.cols);
+      bool whole_row = mask && a.mask.col_stride == 0;
+      if (n == 0 || (whole_row && *mask)) {
+        clear(y, a.cols);
+        continue;
+      }
+      if (mask && !whole_row)
+        forward_row<T, true>(x, mask, y, n, acc_t<T>(a.scale));
+      else
+        forward_row<T, false>(x, nullptr, y, n, acc_t<T>(a.scale));
+      clear(y + n, a.cols - n);
+    }
+  });
+}
+
+template <class T>
+void backward(const SoftmaxBackward& a, ParallelFor pf) {
+  using A = acc_t<T>;
+  parallel(pf, a.rows, a.cols, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      const T* dy = static_cast<const T*>(a.dy) + row * a.cols;
+      const T* y = static_cast<const T*>(a.y) + row * a.cols;
+      T* dx = static_cast<T*>(a.dx) + row * a.cols;
+      int64_t n = live_columns(a.causal, row, a.queries, a.cols);
+      A dot = 0, scale = A(a.scale);
+      MK_SIMD_SUM(dot) for (int64_t j = 0; j < n; ++j) dot += load(y[j]) * load(dy[j]);
+      MK_SIMD for (int64_t j = 0; j < n; ++j) dx[j] = store<T>(scale * load(y[j]) * (load(dy[j]) - dot));
+      clear(dx + n, a.cols - n);
+    }
+  });
+}
+
+}  // namespace
+
+void scaled_masked_softmax_forward(const SoftmaxForward& a, ParallelFor pf) {
+  visit(a.dtype, [&](auto type) { forward<typename decltype(type)::type>(a, pf); });
+}
+
+void scaled_masked_softmax_backward(const SoftmaxBackward& a, ParallelFor pf) {
+  visit(a.dtype, [&](auto type) { backward<typename decltype(type)::type>(a, pf); });
+}
+
+}  // namespace mk::cpu::MK_ISA
