@@ -28,8 +28,8 @@ def load(path: str | os.PathLike[str], config: GPT2Config | str | Path | None = 
     config: what the files can't tell, as a GPT2Config or a Hugging Face config.json; it must not contradict them. Megatron
     checkpoints without `args` need it, unless the shapes are those of the 345M release.
 
-    Nothing is assembled yet: `Checkpoint.tensors` does that tensor by tensor. Raises CheckpointError for anything that is damaged,
-    incomplete, inconsistent, not a GPT-2, or not to be read safely.
+    Nothing is assembled yet: `Checkpoint.tensors` does that tensor by tensor. Raises CheckpointError for anything that is
+    damaged, incomplete, inconsistent, not a GPT-2, or not to be read safely.
     """
     path = Path(path)
     try:

@@ -1,8 +1,8 @@
 """A directory that appears whole or not at all.
 
-Everything is written into a hidden sibling of the destination, forced to disk, and put in place by one rename. An error or Ctrl-C
-removes the sibling; a killed process can leave the sibling behind, never a half-written destination. Replacing an existing
-directory swaps the two names in one system call where the kernel can (Linux), and by two renames elsewhere.
+Everything is written into a hidden sibling of the destination, forced to disk, and put in place by one rename. An error or
+Ctrl-C removes the sibling; a killed process can leave the sibling behind, never a half-written destination. Replacing an
+existing directory swaps the two names in one system call where the kernel can (Linux), and by two renames elsewhere.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _check(destination: Path, force: bool, source: Path | None) -> None:
     if not force:
         raise CheckpointError(f"{destination}: exists and is not empty; force replaces it")
     if not any((destination / name).exists() for name in _MARKERS):
-        raise CheckpointError(f"{destination}: holds neither {' nor '.join(_MARKERS)}, so it is no checkpoint that force may replace")
+        raise CheckpointError(f"{destination}: holds neither {' nor '.join(_MARKERS)}, so force does not replace it")
 
 
 def _sync(path: str | Path) -> None:

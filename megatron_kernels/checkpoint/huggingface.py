@@ -1,7 +1,7 @@
 """Hugging Face GPT-2 directories, read and written.
 
-Read: config.json with model.safetensors or pytorch_model.bin, sharded or not, with or without the `transformer.` prefix; the causal
-masks that old files carry are ignored. Written: config.json, generation_config.json and safetensors, tensor by tensor.
+Read: config.json with model.safetensors or pytorch_model.bin, sharded or not, with or without the `transformer.` prefix; the
+causal masks that old files carry are ignored. Written: config.json, generation_config.json and safetensors, tensor by tensor.
 Conv1D matrices are [in, out], the transpose of Megatron's; the rows of c_attn are [3, heads, head_dim].
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from .tokenizer import Tokenizer
 
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 DEFAULT_SHARD_BYTES = 5 * 10**9
+_HF_DEFAULTS = {"vocab_size": 50257, "max_position_embeddings": 1024, "hidden_size": 768, "num_layers": 12,
+                "num_attention_heads": 12}  # what Hugging Face's own GPT2Config takes for absent fields
 _DTYPE_NAMES = {torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -62,11 +65,8 @@ def load(directory: Path, config: GPT2Config | str | Path | None = None) -> Chec
         if name in known and known[name] != value and not name.endswith(("dropout", "std")):
             raise CheckpointError(f"{user_label} says {name} = {value!r}, but {label} says {known[name]!r}")
         known[name] = value
-    for hf, ours, default in (("vocab_size", "vocab_size", 50257), ("n_positions", "max_position_embeddings", 1024),
-                              ("n_embd", "hidden_size", 768), ("n_layer", "num_layers", 12), ("n_head", "num_attention_heads", 12)):
-        known.setdefault(ours, default)  # what Hugging Face's own GPT2Config takes for an absent field
-        if known[ours] < 1:
-            raise CheckpointError(f"{label}: {hf} must be at least 1, got {known[ours]}")
+    for name, default in _HF_DEFAULTS.items():
+        known.setdefault(name, default)
     files, kind = _weight_files(directory)
     found = _locate(files)
     settings = make_config(known, label)
@@ -99,11 +99,15 @@ def _weight_files(directory: Path) -> tuple[list[Path], str]:
     raise CheckpointError(f"{directory}: config.json without weights; expected one of {', '.join(_WEIGHT_FILES)}")
 
 
+@dataclass(frozen=True)
 class _Source:
     """A tensor of a weights file: shape and dtype at once, the data when asked."""
 
-    def __init__(self, label: str, key: str, shape: tuple[int, ...], dtype: torch.dtype | None, read: Callable[[], Tensor]) -> None:
-        self.label, self.key, self.shape, self.dtype, self.read = label, key, shape, dtype, read
+    label: str
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    read: Callable[[], Tensor]
 
 
 def _locate(files: list[Path]) -> dict[str, _Source]:
@@ -162,9 +166,10 @@ def save_huggingface(checkpoint: Checkpoint, directory: str | os.PathLike[str], 
                      track: Callable[[list[str]], Iterable[str]] = iter) -> None:
     """Write a directory that transformers' GPT2LMHeadModel loads, atomically.
 
-    dtype None keeps each tensor's own. Padding rows of the vocabulary are dropped. Weights above `max_shard_size` bytes are split
-    over several files with an index. `tokenizer` puts its files beside the weights. `force` replaces an existing checkpoint at
-    the very end. `track` wraps the list of names of each file, for progress. Raises CheckpointError when it can't be written.
+    dtype None keeps each tensor's own. Padding rows of the vocabulary are dropped. Weights above `max_shard_size` bytes are
+    split over several files with an index. `tokenizer` puts its files beside the weights. `force` replaces an existing
+    checkpoint at the very end. `track` wraps the list of names of each file, for progress. Raises CheckpointError when the
+    destination can't be written or the tokenizer doesn't fit.
     """
     config = checkpoint.config
     if tokenizer is not None:

@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -64,7 +65,8 @@ def _of_directory(root: Path) -> Layout:
     chosen, ranks = _choose(names, read_text, str(root))
     if not ranks:
         raise _nothing_found(root)
-    shards = tuple(Shard(*rank, str(root / name), partial(read_torch_file, root / name)) for rank, name in sorted(ranks.items()))
+    shards = tuple(Shard(*rank, str(root / name), partial(read_torch_file, root / name))
+                   for rank, name in sorted(ranks.items()))
     return Layout("directory", str(root / chosen) if chosen else str(root), shards)
 
 
@@ -74,8 +76,8 @@ def _nothing_found(root: Path) -> CheckpointError:
         if (folder / "metadata.json").exists() or (folder / ".metadata").exists():
             return CheckpointError(f"{folder}: a torch_dist checkpoint, which is not read; let Megatron-LM convert it with "
                                    "--ckpt-convert-format torch")
-    return CheckpointError(f"{root}: no checkpoint found; expected config.json (Hugging Face), or {MODEL_FILES[0]}, mp_rank_*/, "
-                           f"release/ or iter_*/ (Megatron)")
+    return CheckpointError(f"{root}: no checkpoint found; expected config.json (Hugging Face), or {MODEL_FILES[0]}, "
+                           "mp_rank_*/, release/ or iter_*/ (Megatron)")
 
 
 def _of_archive(path: Path) -> Layout:
@@ -87,7 +89,8 @@ def _of_archive(path: Path) -> Layout:
         read_text = lambda name: archive.read(name).decode(errors="replace")  # noqa: E731
         chosen, ranks = _choose(sorted(names), read_text, str(path))
     if not ranks:
-        raise CheckpointError(f"{path}: no checkpoint found in the archive; expected members like release/mp_rank_00/{MODEL_FILES[0]}")
+        raise CheckpointError(f"{path}: no checkpoint found in the archive; expected members like "
+                              f"release/mp_rank_00/{MODEL_FILES[0]}")
     shards = tuple(Shard(*rank, f"{path}!{name}", partial(_read_member, path, name)) for rank, name in sorted(ranks.items()))
     return Layout("zip archive", f"{path}!{chosen}" if chosen else str(path), shards)
 
@@ -109,19 +112,13 @@ def _read_member(path: Path, name: str) -> Any:
             try:
                 shutil.copyfileobj(source, target, 1 << 20)
             except OSError as error:
-                raise CheckpointError(f"{path}!{name}: cannot unpack into {temporary}: {error.strerror or error} (TMPDIR chooses "
-                                      "another place)") from None
-            except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, _zlib_error()) as error:
+                raise CheckpointError(f"{path}!{name}: cannot unpack into {temporary}: {error.strerror or error} "
+                                      "(TMPDIR chooses another place)") from None
+            except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
                 raise CheckpointError(f"{path}!{name}: truncated or damaged ({first_line(error)})") from None
         return read_torch_file(Path(temporary), f"{path}!{name}")
     finally:
         os.unlink(temporary)
-
-
-def _zlib_error() -> type[Exception]:
-    import zlib
-
-    return zlib.error
 
 
 def _choose(names: list[str], read_text: Callable[[str], str], label: str) -> tuple[str, dict[tuple[int, int], str]]:
@@ -130,14 +127,15 @@ def _choose(names: list[str], read_text: Callable[[str], str], label: str) -> tu
     for name in names:
         match = _SHARD.fullmatch(name)
         if match and match["more"]:
-            raise CheckpointError(f"{label}: {name} is a shard of expert parallelism, a mixture of experts, which is not supported")
+            raise CheckpointError(f"{label}: {name} is a shard of a mixture of experts, which is not supported")
         match = match or _BARE.fullmatch(name)
         if match:
             groups = match.groupdict()
             rank = int(groups.get("tp") or 0), int(groups.get("pp") or 0)
             files = folders.setdefault(match["prefix"], {})
             if rank in files and name.rpartition("/")[0] != files[rank].rpartition("/")[0]:
-                raise CheckpointError(f"{label}: {files[rank]} and {name} are both tensor rank {rank[0]}, pipeline rank {rank[1]}")
+                raise CheckpointError(f"{label}: {files[rank]} and {name} are both tensor rank {rank[0]}, "
+                                      f"pipeline rank {rank[1]}")
             files.setdefault(rank, name)
     for name in names:
         base, _, last = name.rpartition("/")
@@ -150,7 +148,8 @@ def _choose(names: list[str], read_text: Callable[[str], str], label: str) -> tu
                 raise CheckpointError(f"{label}: {name} names {wanted}/, which is missing or holds no {MODEL_FILES[0]}; "
                                       f"found {_listed(folders)}")
     if len(folders) > 1:
-        raise CheckpointError(f"{label}: holds several checkpoints and no {TRACKER} to choose by; give one of {_listed(folders)}")
+        raise CheckpointError(f"{label}: holds several checkpoints and no {TRACKER} to choose by; "
+                              f"give one of {_listed(folders)}")
     return next(iter(folders.items()), ("", {}))
 
 

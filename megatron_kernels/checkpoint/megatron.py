@@ -17,246 +17,121 @@ import torch
 from torch import Tensor
 
 from ..models.config import GPT2Config
-from . import names
+from . import names, shards
 from .errors import CheckpointError
-from .layout import Layout, Shard, find
-from .reading import Stub, attributes
-from .settings import combine, refuse_unsupported
+from .layout import Layout, find
+from .settings import combine, refuse_unsupported, truth
+from .shards import Chunk, Located, Part
 from .tensors import Checkpoint, Entry, LazyTensors
 
-VERSIONS = (0.0, 1.0, 2.0, 3.0)
-_SAME_IN_ALL_SHARDS = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "max_position_embeddings",
-                       "padded_vocab_size", "layernorm_epsilon", "norm_epsilon", "bias_gelu_fusion", "openai_gelu", "seed",
-                       "tensor_model_parallel_size", "model_parallel_size", "pipeline_model_parallel_size",
-                       "virtual_pipeline_model_parallel_size", "untie_embeddings_and_output_weights")
+_QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
+_PROJ = "decoder.layers.0.self_attention.linear_proj.weight"
+_FC1, _FC2 = "decoder.layers.0.mlp.linear_fc1.weight", "decoder.layers.0.mlp.linear_fc2.weight"
+_WORDS, _POSITIONS = names.WORD_EMBEDDINGS.canonical, names.POSITION_EMBEDDINGS.canonical
+_HEAD = names.OUTPUT_LAYER.canonical
 
 
 @dataclass(frozen=True)
-class Located:
-    """A tensor of one shard under the key that the file has for it."""
+class Sources:
+    """The shards of one parameter, in tensor-parallel order, and the names of their files."""
 
-    tensor: Tensor
-    key: str
+    shards: tuple[Located, ...]
+    labels: tuple[str, ...]
 
-
-Chunk = dict[str, Located]  # canonical names with layer numbers local to the chunk -> tensors
-
-
-@dataclass(frozen=True)
-class Part:
-    """One shard, read: its ranks, its header, and its chunks of layers (several with a virtual pipeline)."""
-
-    shard: Shard
-    version: float
-    args: dict[str, Any] | None
-    iteration: int | None
-    chunks: tuple[Chunk, ...]
-
-    @property
-    def label(self) -> str:
-        return self.shard.label
+    def first(self) -> tuple[Tensor, str]:
+        """The first shard's tensor, and how to call it in messages."""
+        return self.shards[0].tensor, f"{self.labels[0]}: {self.shards[0].key}"
 
 
 def load(path: Path, config: GPT2Config | str | Path | None = None) -> Checkpoint:
     """Read a Megatron checkpoint of any version, key style and parallel layout; see `checkpoint.load`."""
     layout = find(path)
-    parts = [_read_part(shard) for shard in layout.shards]
-    refuse_unsupported(parts[0].args or {}, parts[0].label)
-    tensor, pipeline = _check_grid(parts, layout)
-    _check_headers(parts)
-    grid = {(part.shard.tensor_rank, part.shard.pipeline_rank): part for part in parts}
-    stages = list(_stages(grid, tensor, pipeline))
-    sources = _number_layers(stages)
-    head_copy, untied = _head(sources, parts[0].args, pipeline)
-    measured = _measure(sources, untied, parts[0].label)
-    _refuse_by_shape(sources, measured, tensor)
-    settings, notes = combine(measured, parts[0].args, config, parts[0].label, tensor)
-    if settings.num_attention_heads % tensor:
-        raise CheckpointError(f"{layout.label}: {settings.num_attention_heads} heads cannot lie on {tensor} tensor-parallel shards")
-    entries = {parameter.canonical: _entry(parameter, sources, settings, parts[0].version) for parameter in names.parameters(settings)}
-    _check_copies(sources, settings, head_copy)
-    return Checkpoint(settings, LazyTensors(entries), parts[0].iteration, "megatron", path,
-                      _details(layout, parts[0], tensor, pipeline, len(parts[0].chunks)), notes)
-
-
-def _details(layout: Layout, part: Part, tensor: int, pipeline: int, virtual: int) -> dict[str, str]:
-    core = any(located.key.startswith(("decoder.", "module.decoder.")) for located in part.chunks[0].values())
-    return {"layout": f"{layout.kind}, {len(layout.shards)} file(s): {layout.label}",
-            "checkpoint_version": f"{part.version:.1f}", "keys": "Megatron-core" if core else "Megatron-LM",
-            "args": "yes" if part.args is not None else "no", "tensor parallel": str(tensor), "pipeline parallel": str(pipeline),
-            **({"virtual pipeline": str(virtual)} if virtual > 1 else {})}
-
-
-def _read_part(shard: Shard) -> Part:
-    content = shard.read()
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{shard.label}: expected a dictionary with 'model', got {type(content).__name__}")
-    models = [content["model"]] if "model" in content else []
-    while (name := f"model{len(models)}") in content and "model" not in content:
-        models.append(content[name])
-    if not models or not all(isinstance(model, dict) for model in models):
-        raise CheckpointError(f"{shard.label}: no Megatron checkpoint: expected a 'model' dictionary, found the keys "
-                              f"{', '.join(map(str, list(content)[:8])) or '(none)'}")
-    args = None
-    if content.get("args") is not None and (args := attributes(content["args"])) is None:
-        raise CheckpointError(f"{shard.label}: 'args' is a {type(content['args']).__name__}, expected a namespace")
-    chunks = tuple(_chunk(model, shard.label) for model in models)
-    iteration = content.get("iteration", content.get("total_iters"))
-    return Part(shard, _version(content.get("checkpoint_version"), chunks, shard.label), args,
-                iteration if isinstance(iteration, int) else None, chunks)
-
-
-def _version(value: Any, chunks: tuple[Chunk, ...], label: str) -> float:
-    newer = next((located.key for chunk in chunks for located in chunk.values() if names.implies_grouped_qkv(located.key)), None)
-    if value is None:
-        return 3.0 if newer else 0.0
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or float(value) not in VERSIONS:
-        raise CheckpointError(f"{label}: unknown checkpoint_version {value!r}; known are {', '.join(map(str, VERSIONS))}")
-    if newer and value < 2:
-        raise CheckpointError(f"{label}: checkpoint_version {value!r} contradicts the key {newer}, which is of version 3.0")
-    return float(value)
-
-
-def _flatten(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _chunk(model: dict[Any, Any], label: str) -> Chunk:
-    chunk: Chunk = {}
-    for key, value in _flatten(model):
-        if value is None:
-            continue
-        if feature := names.refused_feature(key):
-            raise CheckpointError(f"{label}: {key} belongs to {feature}, which is not supported")
-        try:
-            canonical = names.from_megatron(key)
-        except KeyError:
-            raise CheckpointError(f"{label}: unknown key {key}; expected the parameters of a GPT-2") from None
-        if canonical is None:
-            continue
-        if not isinstance(value, Tensor):
-            kind = f"{type(value).__module__}.{type(value).__name__}" if isinstance(value, Stub) else type(value).__name__
-            raise CheckpointError(f"{label}: {key} is a {kind}, expected a tensor")
-        if not value.dtype.is_floating_point or value.dtype.itemsize < 2:
-            raise CheckpointError(f"{label}: {key} has dtype {value.dtype}, expected float16, bfloat16, float32 or float64")
-        if canonical in chunk:
-            raise CheckpointError(f"{label}: {chunk[canonical].key} and {key} are both {canonical}")
-        chunk[canonical] = Located(value, key)
-    return chunk
-
-
-def _sizes(args: dict[str, Any]) -> tuple[int | None, int | None]:
-    return (args.get("tensor_model_parallel_size", args.get("model_parallel_size")), args.get("pipeline_model_parallel_size"))
-
-
-def _check_grid(parts: list[Part], layout: Layout) -> tuple[int, int]:
-    """(tensor, pipeline) sizes; raises CheckpointError for a missing or surplus shard."""
-    found = {(part.shard.tensor_rank, part.shard.pipeline_rank) for part in parts}
-    tensor, pipeline = (max(ranks) + 1 for ranks in zip(*found, strict=True))
-    said_by = "the files found"
-    if parts[0].args is not None:
-        said = _sizes(parts[0].args)
-        tensor, pipeline = said[0] or tensor, said[1] or pipeline
-        said_by = f"args in {parts[0].label}"
-    for part in parts:
-        rank = (part.shard.tensor_rank, part.shard.pipeline_rank)
-        if rank[0] >= tensor or rank[1] >= pipeline:
-            raise CheckpointError(f"{part.label}: one shard too many: {said_by} say tensor parallel {tensor} x pipeline parallel {pipeline}")
-    missing = sorted({(t, p) for t in range(tensor) for p in range(pipeline)} - found)
-    if missing:
-        shown = ", ".join(f"mp_rank_{t:02d}" + (f"_{p:03d}" if pipeline > 1 else "") for t, p in missing[:4])
-        hint = "; give the directory that holds all shards" if layout.kind == "file" else ""
-        raise CheckpointError(f"{layout.label}: missing {len(missing)} of {tensor * pipeline} shards: {shown} "
-                              f"({said_by} say tensor parallel {tensor} x pipeline parallel {pipeline}){hint}")
-    return tensor, pipeline
-
-
-def _check_headers(parts: list[Part]) -> None:
+    parts = [shards.read(shard) for shard in layout.shards]
     first = parts[0]
-    for part in parts[1:]:
-        pairs: list[tuple[str, Any, Any]] = [("checkpoint_version", first.version, part.version),
-                                             ("iteration", first.iteration, part.iteration),
-                                             ("whether it has args", first.args is not None, part.args is not None),
-                                             ("number of virtual pipeline chunks", len(first.chunks), len(part.chunks))]
-        if first.args is not None and part.args is not None:
-            pairs += [(f"args.{name}", first.args.get(name), part.args.get(name)) for name in _SAME_IN_ALL_SHARDS]
-        for what, one, other in pairs:
-            if one != other:
-                raise CheckpointError(f"{part.label}: a shard of another run: {what} is {other!r}, but {one!r} in {first.label}")
+    refuse_unsupported(first.args or {}, first.label)
+    tensor, pipeline = shards.check_grid(parts, layout)
+    shards.check_headers(parts)
+    sources = _number_layers(list(_stages(parts, tensor, pipeline)))
+    head_copy, untied = _head(sources, first.args, pipeline)
+    measured = _measure(sources, untied)
+    _refuse_by_shape(sources, measured, tensor)
+    settings, notes = combine(measured, first.args, config, first.label, tensor)
+    if settings.num_attention_heads % tensor:
+        raise CheckpointError(f"{layout.label}: {settings.num_attention_heads} heads cannot lie on {tensor} shards")
+    entries = {parameter.canonical: _entry(parameter, sources[parameter.canonical], settings, first.version)
+               for parameter in names.parameters(settings)}
+    _check_copies(sources, settings, head_copy)
+    return Checkpoint(settings, LazyTensors(entries), first.iteration, "megatron", path,
+                      _details(layout, first, tensor, pipeline), notes)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """The shards of one chunk of layers, over the tensor-parallel ranks in order."""
+def _details(layout: Layout, part: Part, tensor: int, pipeline: int) -> dict[str, str]:
+    core = any(key.removeprefix("module.").startswith("decoder.") for key in (found.key for found in part.chunks[0].values()))
+    details = {"layout": f"{layout.kind}, {len(layout.shards)} file(s): {layout.label}",
+               "checkpoint_version": f"{part.version:.1f}", "keys": "Megatron-core" if core else "Megatron-LM",
+               "args": "no" if part.args is None else "yes", "tensor parallel": str(tensor), "pipeline parallel": str(pipeline)}
+    return details | ({"virtual pipeline": str(len(part.chunks))} if len(part.chunks) > 1 else {})
 
-    chunks: tuple[Chunk, ...]
-    labels: tuple[str, ...]
 
+def _stages(parts: list[Part], tensor: int, pipeline: int) -> Iterator[tuple[tuple[Chunk, str], ...]]:
+    """Chunks of layers in the model's order, each as (chunk, file) over the tensor-parallel ranks.
 
-def _stages(grid: dict[tuple[int, int], Part], tensor: int, pipeline: int) -> Iterator[Stage]:
-    """Chunks in the order of the layers: virtual chunk by virtual chunk, through the pipeline ranks in each."""
-    for virtual in range(len(grid[0, 0].chunks)):
+    With a virtual pipeline, the ranks hold their first chunks of the model in turn, then their second ones, and so on.
+    """
+    grid = {(part.shard.tensor_rank, part.shard.pipeline_rank): part for part in parts}
+    for virtual in range(len(parts[0].chunks)):
         for rank in range(pipeline):
-            parts = [grid[t, rank] for t in range(tensor)]
-            yield Stage(tuple(part.chunks[virtual] for part in parts), tuple(part.label for part in parts))
+            yield tuple((grid[t, rank].chunks[virtual], grid[t, rank].label) for t in range(tensor))
 
 
-@dataclass(frozen=True)
-class Sources:
-    """The shards of one parameter, in tensor-parallel order."""
-
-    shards: tuple[Located, ...]
-    labels: tuple[str, ...]
-
-
-def _number_layers(stages: list[Stage]) -> dict[str, Sources]:
-    """Canonical name, with the layer's number in the whole model -> its shards."""
+def _number_layers(stages: list[tuple[tuple[Chunk, str], ...]]) -> dict[str, Sources]:
+    """Canonical names, with the layers' numbers in the whole model -> their shards; complains about what is missing."""
     sources: dict[str, Sources] = {}
     offset = 0
     for stage in stages:
-        numbers = sorted({layer[0] for name in stage.chunks[0] if (layer := names.split_layer(name))})
-        if numbers != list(range(len(numbers))):
-            gap = next(i for i in range(numbers[-1] + 1) if i not in numbers)
-            raise CheckpointError(f"{stage.labels[0]}: layer {gap} is missing; found layers {', '.join(map(str, numbers))}")
-        for name, located in stage.chunks[0].items():
-            for chunk, label in zip(stage.chunks[1:], stage.labels[1:], strict=True):
-                if name not in chunk:
-                    raise CheckpointError(f"{label}: lacks {located.key}, which {stage.labels[0]} has")
-        for chunk, label in zip(stage.chunks[1:], stage.labels[1:], strict=True):
-            if surplus := next((chunk[name].key for name in chunk if name not in stage.chunks[0]), None):
-                raise CheckpointError(f"{stage.labels[0]}: lacks {surplus}, which {label} has")
-        for number in numbers:
-            for parameter in names.LAYER:
-                if f"decoder.layers.{number}.{parameter.canonical}" not in stage.chunks[0]:
-                    raise CheckpointError(_missing(parameter.canonical, f"layer {number}", stage.labels[0]))
-        for name in stage.chunks[0]:
+        chunk, label = stage[0]
+        for other, other_label in stage[1:]:
+            for key, lacks, has in [*((chunk[name].key, other_label, label) for name in chunk.keys() - other.keys()),
+                                    *((other[name].key, label, other_label) for name in other.keys() - chunk.keys())]:
+                raise CheckpointError(f"{lacks}: lacks {key}, which {has} has")
+        layers = _check_layers(chunk, label)
+        for name, located in chunk.items():
             layer = names.split_layer(name)
             whole = f"decoder.layers.{layer[0] + offset}.{layer[1]}" if layer else name
             if whole in sources:
-                raise CheckpointError(f"{stage.labels[0]}: {stage.chunks[0][name].key} is also in {sources[whole].labels[0]}")
-            sources[whole] = Sources(tuple(chunk[name] for chunk in stage.chunks), stage.labels)
-        offset += len(numbers)
+                raise CheckpointError(f"{label}: {located.key} is also in {sources[whole].labels[0]}")
+            sources[whole] = Sources(tuple(part[name] for part, _ in stage), tuple(where for _, where in stage))
+        offset += layers
     for parameter in (names.WORD_EMBEDDINGS, names.POSITION_EMBEDDINGS, *names.FINAL_NORM):
         if parameter.canonical not in sources:
-            last = parameter in names.FINAL_NORM
-            raise CheckpointError(_missing(parameter.canonical, "the last stage" if last else "the first stage", stages[-1 if last else 0].labels[0]))
+            where, stage = ("the last stage", stages[-1]) if parameter in names.FINAL_NORM else ("the first stage", stages[0])
+            raise CheckpointError(_missing(parameter, where, stage[0][1]))
     if not offset:
-        raise CheckpointError(f"{stages[0].labels[0]}: no layers found")
+        raise CheckpointError(f"{stages[0][0][1]}: no layers found")
     return sources
 
 
-_HINTS = {"layernorm.bias": "RMSNorm has no bias and is not supported", "position_embeddings.weight": "rotary position embeddings are not supported",
-          "qkv.bias": "linear layers without biases are not supported", "fc1.bias": "linear layers without biases are not supported"}
+def _check_layers(chunk: Chunk, label: str) -> int:
+    """The number of layers in a chunk, each of which must be complete."""
+    numbers = {layer[0] for name in chunk if (layer := names.split_layer(name))}
+    for number in range(max(numbers, default=-1) + 1):
+        if number not in numbers:
+            raise CheckpointError(f"{label}: layer {number} is missing; found layers {', '.join(map(str, sorted(numbers)))}")
+        for parameter in names.LAYER:
+            if f"decoder.layers.{number}.{parameter.canonical}" not in chunk:
+                raise CheckpointError(_missing(parameter, f"layer {number}", label))
+    return len(numbers)
 
 
-def _missing(canonical: str, where: str, label: str) -> str:
-    megatron = {p.canonical: p.megatron for p in (*names.LAYER, names.WORD_EMBEDDINGS, names.POSITION_EMBEDDINGS, *names.FINAL_NORM)}
-    hint = next((f" ({text})" for end, text in _HINTS.items() if canonical.endswith(end)), "")
-    return f"{label}: {where} lacks {megatron[canonical]}, expected in every GPT-2{hint}"
+_HINTS = {"layernorm.bias": "RMSNorm has no bias and is not supported",
+          "position_embeddings.weight": "rotary position embeddings are not supported",
+          "qkv.bias": "linear layers without biases are not supported",
+          "fc1.bias": "linear layers without biases are not supported"}
+
+
+def _missing(parameter: names.Parameter, where: str, label: str) -> str:
+    hint = next((f" ({text})" for end, text in _HINTS.items() if parameter.canonical.endswith(end)), "")
+    return f"{label}: {where} lacks {parameter.megatron}, expected in every GPT-2{hint}"
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -270,89 +145,76 @@ def _head(sources: dict[str, Sources], args: dict[str, Any] | None, pipeline: in
 
     Megatron-core keeps the copy of a tied head as output_layer.weight; Megatron-LM as word_embeddings_for_head.
     """
-    copy, output = sources.pop(names.HEAD_COPY, None), sources.get(names.OUTPUT_LAYER.canonical)
+    copy, output = sources.pop(names.HEAD_COPY, None), sources.get(_HEAD)
     stated = (args or {}).get("untie_embeddings_and_output_weights")
     if output is None:
-        return (None if stated else copy), False
-    embedding = sources[names.WORD_EMBEDDINGS.canonical]
-    equal = all(same_bits(a.tensor, b.tensor) for a, b in zip(output.shards, embedding.shards, strict=True))
-    if stated is None:
-        untied = not (equal and pipeline > 1)
-    elif stated:
-        untied = True
-    elif equal:
-        untied = False
-    else:
-        raise CheckpointError(f"{output.labels[0]}: {output.shards[0].key} differs from the word embeddings, but "
-                              "args.untie_embeddings_and_output_weights is False")
+        return (None if truth(stated) else copy), False
+    equal = all(same_bits(a.tensor, b.tensor) for a, b in zip(output.shards, sources[_WORDS].shards, strict=True))
+    untied = truth(stated) if stated is not None else not (equal and pipeline > 1)
     if not untied:
-        del sources[names.OUTPUT_LAYER.canonical]
+        if not equal:
+            raise CheckpointError(f"{output.first()[1]} differs from the word embeddings, but args say "
+                                  "untie_embeddings_and_output_weights = False")
+        del sources[_HEAD]
     return (None if untied else copy), untied
 
 
-def _measure(sources: dict[str, Sources], untied: bool, label: str) -> dict[str, Any]:
+def _measure(sources: dict[str, Sources], untied: bool) -> dict[str, Any]:
     """The sizes that the tensors tell."""
-    def shape(name: str) -> tuple[int, int]:
-        located, where = sources[name].shards[0], sources[name].labels[0]
-        if located.tensor.dim() != 2:
-            raise CheckpointError(f"{where}: {located.key} has shape {list(located.tensor.shape)}, expected two dimensions")
-        return located.tensor.shape[0], located.tensor.shape[1]
-
-    words, positions = shape(names.WORD_EMBEDDINGS.canonical), shape(names.POSITION_EMBEDDINGS.canonical)
-    tensor = len(sources[names.WORD_EMBEDDINGS.canonical].shards)
-    layers = 1 + max(layer[0] for name in sources if (layer := names.split_layer(name)))
-    return {"num_layers": layers, "hidden_size": positions[1], "max_position_embeddings": positions[0],
-            "ffn_hidden_size": shape("decoder.layers.0.mlp.linear_fc2.weight")[1] * tensor,
-            "padded_vocab_size": words[0] * tensor, "untie_embeddings_and_output_weights": untied}
+    for name in (_WORDS, _POSITIONS, _QKV, _PROJ, _FC1, _FC2):
+        tensor, label = sources[name].first()
+        if tensor.dim() != 2 or not tensor.numel():
+            raise CheckpointError(f"{label} has shape {list(tensor.shape)}, expected two dimensions")
+    words, positions, fc2 = (sources[name].first()[0].shape for name in (_WORDS, _POSITIONS, _FC2))
+    parallel = len(sources[_WORDS].shards)
+    return {"num_layers": 1 + max(layer[0] for name in sources if (layer := names.split_layer(name))),
+            "hidden_size": positions[1], "max_position_embeddings": positions[0], "ffn_hidden_size": fc2[1] * parallel,
+            "padded_vocab_size": words[0] * parallel, "untie_embeddings_and_output_weights": untied}
 
 
-def _refuse_by_shape(sources: dict[str, Sources], measured: dict[str, Any], tensor: int) -> None:
-    hidden, ffn = measured["hidden_size"], measured["ffn_hidden_size"]
-    for suffix, rows, reading in (("mlp.linear_fc1.weight", ffn // tensor, ((2, "a gated activation such as SwiGLU"),)),
-                                  ("self_attention.linear_qkv.weight", 3 * hidden // tensor, ())):
-        located, label = (s := sources[f"decoder.layers.0.{suffix}"]).shards[0], s.labels[0]
-        seen = located.tensor.shape[0]
-        for factor, feature in reading:
-            if seen == factor * rows:
-                raise CheckpointError(f"{label}: {located.key} has {seen} rows where {rows} are expected: {feature}, which is not supported")
-        if suffix.endswith("qkv.weight") and hidden // tensor < seen < rows:
-            raise CheckpointError(f"{label}: {located.key} has {seen} rows where {rows} are expected: multi-query or grouped-query "
-                                  "attention, which is not supported")
-    dense, label = (s := sources["decoder.layers.0.self_attention.linear_proj.weight"]).shards[0], s.labels[0]
-    width = dense.tensor.shape[-1]
-    if width * tensor != hidden and width and hidden % width == 0:
-        raise CheckpointError(f"{label}: {dense.key} is {width} wide, one of {hidden // width} tensor-parallel shards of width {hidden}, "
-                              f"but {tensor} found; shards are missing")
+def _refuse_by_shape(sources: dict[str, Sources], measured: dict[str, Any], tensor_parallel: int) -> None:
+    """Name what the shapes give away where there are no `args` to tell."""
+    hidden = measured["hidden_size"]
+    projection, label = sources[_PROJ].first()
+    width = projection.shape[1]
+    if width * tensor_parallel != hidden and hidden % width == 0:
+        raise CheckpointError(f"{label} is {width} wide, one of {hidden // width} tensor-parallel shards of {hidden}, but "
+                              f"{tensor_parallel} found: shards are missing")
+    for name, rows, feature in ((_FC1, measured["ffn_hidden_size"] // tensor_parallel, "a gated activation such as SwiGLU"),
+                                (_QKV, 3 * hidden // tensor_parallel, "multi-query or grouped-query attention")):
+        tensor, label = sources[name].first()
+        seen = tensor.shape[0]
+        if seen == 2 * rows if name == _FC1 else rows // 3 < seen < rows:
+            raise CheckpointError(f"{label} has {seen} rows where {rows} are expected: {feature} is not supported")
 
 
-def _entry(parameter: names.Parameter, sources: dict[str, Sources], config: GPT2Config, version: float) -> Entry:
+def _entry(parameter: names.Parameter, source: Sources, config: GPT2Config, version: float) -> Entry:
     """The lazily merged tensor of one parameter; raises CheckpointError for shards of the wrong shape or dtype."""
-    source = sources[parameter.canonical]
-    tensor = len(source.shards)
-    expected = parameter.shape(config, tensor)
+    expected = parameter.shape(config, len(source.shards))
+    dtype = source.shards[0].tensor.dtype
     for located, label in zip(source.shards, source.labels, strict=True):
         if tuple(located.tensor.shape) != expected:
             raise CheckpointError(f"{label}: {located.key} has shape {list(located.tensor.shape)}, expected {list(expected)}")
-        if located.tensor.dtype != source.shards[0].tensor.dtype:
-            raise CheckpointError(f"{label}: a shard of another run: {located.key} has dtype {located.tensor.dtype}, but "
-                                  f"{source.shards[0].tensor.dtype} in {source.labels[0]}")
+        if located.tensor.dtype != dtype:
+            raise CheckpointError(f"{label}: a shard of another run: {located.key} has dtype {located.tensor.dtype}, "
+                                  f"but {dtype} in {source.labels[0]}")
     make = partial(_merge, [located.tensor for located in source.shards], parameter, config, version)
-    return Entry(parameter.shape(config), source.shards[0].tensor.dtype, make, source.shards[0].key)
+    return Entry(parameter.shape(config), dtype, make, source.shards[0].key)
 
 
-def _merge(shards: list[Tensor], parameter: names.Parameter, config: GPT2Config, version: float) -> Tensor:
+def _merge(pieces: list[Tensor], parameter: names.Parameter, config: GPT2Config, version: float) -> Tensor:
     if parameter.is_qkv and version < 2:
-        shards = [heads_first(shard, config.num_attention_heads // len(shards), version) for shard in shards]
-    if parameter.split is None or len(shards) == 1:
-        return shards[0].contiguous()
-    return torch.cat(shards, parameter.split)
+        pieces = [heads_first(piece, config.num_attention_heads // len(pieces), version) for piece in pieces]
+    if parameter.split is None or len(pieces) == 1:
+        return pieces[0].contiguous()
+    return torch.cat(pieces, parameter.split)
 
 
 def heads_first(qkv: Tensor, heads: int, version: float) -> Tensor:
     """One shard's QKV rows of a version below 2.0, brought to [heads, 3, head_dim]."""
     if version < 1:
-        return qkv.view(3, heads, -1, *qkv.shape[1:]).transpose(0, 1).reshape(qkv.shape)
-    return qkv.view(heads, -1, 3, *qkv.shape[1:]).transpose(1, 2).reshape(qkv.shape)
+        return qkv.reshape(3, heads, -1, *qkv.shape[1:]).transpose(0, 1).reshape(qkv.shape)
+    return qkv.reshape(heads, -1, 3, *qkv.shape[1:]).transpose(1, 2).reshape(qkv.shape)
 
 
 def _check_copies(sources: dict[str, Sources], config: GPT2Config, head_copy: Sources | None) -> None:
@@ -362,15 +224,15 @@ def _check_copies(sources: dict[str, Sources], config: GPT2Config, head_copy: So
         if parameter.split is None:
             for located, label in zip(source.shards[1:], source.labels[1:], strict=True):
                 if not same_bits(located.tensor, source.shards[0].tensor):
-                    raise CheckpointError(f"{label}: a shard of another run: {located.key} differs from {source.labels[0]}, expected equal")
+                    raise CheckpointError(f"{label}: a shard of another run: {located.key} differs from {source.labels[0]}, "
+                                          "expected equal")
     if head_copy is not None:
-        embedding = sources[names.WORD_EMBEDDINGS.canonical]
-        for a, b, label in zip(head_copy.shards, embedding.shards, head_copy.labels, strict=True):
-            if not same_bits(a.tensor, b.tensor):
-                raise CheckpointError(f"{label}: a shard of another run: {a.key} differs from the word embeddings of the first stage, "
-                                      "expected equal")
-    qkv = sources["decoder.layers.0.self_attention.linear_qkv.weight"]
+        for copy, original, label in zip(head_copy.shards, sources[_WORDS].shards, head_copy.labels, strict=True):
+            if not same_bits(copy.tensor, original.tensor):
+                raise CheckpointError(f"{label}: a shard of another run: {copy.key} differs from the word embeddings of the "
+                                      "first stage, expected equal")
+    qkv = sources[_QKV]
     for i, one in enumerate(qkv.shards):
-        for j in range(i):
-            if same_bits(one.tensor, qkv.shards[j].tensor) and one.tensor.unique().numel() > 1:
-                raise CheckpointError(f"{qkv.labels[i]}: holds the same {one.key} as {qkv.labels[j]}, expected another part of it")
+        for other, label in zip(qkv.shards[:i], qkv.labels, strict=False):
+            if same_bits(one.tensor, other.tensor) and one.tensor.unique().numel() > 1:
+                raise CheckpointError(f"{qkv.labels[i]}: holds the same {one.key} as {label}, expected another part of it")

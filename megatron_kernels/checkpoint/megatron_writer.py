@@ -1,8 +1,8 @@
 """Writing Megatron-LM checkpoints for any tensor- and pipeline-parallel size.
 
-The files are those of checkpoint version 3.0 under `release/`, which Megatron-LM loads without optimizer state. torch.save wants
-all tensors of a file at once, so the pieces of a pipeline stage are first written to scratch files, tensor by tensor, and
-torch.save copies from their memory maps: the process never holds more than one whole tensor.
+The files are those of checkpoint version 3.0 under `release/`, which Megatron-LM loads without optimizer state. torch.save
+wants all tensors of a file at once, so the pieces of a pipeline stage are first written to scratch files, tensor by tensor,
+and torch.save copies from their memory maps: the process never holds more than one whole tensor.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import contextlib
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -131,6 +131,10 @@ def _stage(config: GPT2Config, rank: int, size: int) -> Iterator[tuple[names.Par
             yield names.WORD_EMBEDDINGS, "word_embeddings_for_head/weight"
 
 
+def _pieces(tensor: Tensor, split: int | None, count: int) -> Sequence[Tensor]:
+    return [tensor] * count if split is None else tensor.chunk(count, split)
+
+
 def _nest(tensors: dict[str, Tensor]) -> dict[str, Any]:
     model: dict[str, Any] = {"language_model": {"encoder": {}}}
     for key, tensor in tensors.items():
@@ -142,14 +146,15 @@ def _nest(tensors: dict[str, Tensor]) -> dict[str, Any]:
     return model
 
 
-def save_megatron(checkpoint: Checkpoint, directory: str | os.PathLike[str], *, tensor_parallel: int = 1, pipeline_parallel: int = 1,
-                  dtype: torch.dtype | None = None, tokenizer: Tokenizer | None = None, force: bool = False,
-                  track: Callable[[list[Any]], Iterable[Any]] = iter) -> None:
+def save_megatron(checkpoint: Checkpoint, directory: str | os.PathLike[str], *, tensor_parallel: int = 1,
+                  pipeline_parallel: int = 1, dtype: torch.dtype | None = None, tokenizer: Tokenizer | None = None,
+                  force: bool = False, track: Callable[[list[Any]], Iterable[Any]] = iter) -> None:
     """Write directory/release/mp_rank_TT[_PPP]/model_optim_rng.pt and the tracker file, atomically.
 
-    dtype None keeps each tensor's own. The vocabulary is padded to a multiple of 128 x tensor_parallel. tensor_parallel must divide
-    heads, hidden and feed-forward size, pipeline_parallel the layers: CheckpointError otherwise, as for a destination that can't
-    be written. `force` replaces an existing checkpoint at the very end. `track` wraps the parameters of each stage, for progress.
+    dtype None keeps each tensor's own. The vocabulary is padded to a multiple of 128 x tensor_parallel. tensor_parallel must
+    divide heads, hidden and feed-forward size, pipeline_parallel the layers: CheckpointError otherwise, as for a destination
+    that can't be written. `tokenizer` puts its files beside `release`. `force` replaces an existing checkpoint at the very end.
+    `track` wraps the parameters of each stage, for progress.
     """
     config = checkpoint.config
     names.check_parallel(config, tensor_parallel, pipeline_parallel)
@@ -163,10 +168,9 @@ def save_megatron(checkpoint: Checkpoint, directory: str | os.PathLike[str], *, 
                     tensor = checkpoint.tensors[parameter.canonical]
                     if parameter.symbols[0] == "v":
                         tensor = _pad_vocab(tensor, config.vocab_size, rows)
-                    pieces = [tensor] * tensor_parallel if parameter.split is None else tensor.chunk(tensor_parallel, parameter.split)
-                    for scratch, piece in zip(scratches, pieces, strict=True):
+                    for scratch, piece in zip(scratches, _pieces(tensor, parameter.split, tensor_parallel), strict=True):
                         scratch.add(key, piece.to(dtype or piece.dtype))
-                    del tensor, pieces, piece
+                    del tensor, piece
                 for rank, scratch in enumerate(scratches):
                     folder = f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pipeline_parallel > 1 else "")
                     iteration = checkpoint.iteration or 0
@@ -185,7 +189,7 @@ def _save(path: Path, content: dict[str, Any]) -> None:
     with open(path, "wb") as file:
         guard = _Guard(file)
         try:
-            torch.save(content, guard)
+            torch.save(content, guard)  # type: ignore[arg-type]
         except Exception as error:
             if guard.error is not None:
                 raise guard.error from None

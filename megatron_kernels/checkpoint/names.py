@@ -1,7 +1,8 @@
 """One table of names: every parameter of the model in Megatron-core's, Megatron-LM's and Hugging Face's words.
 
 The canonical names are Megatron-core's (local layer spec). The table also says how tensor parallelism cuts a parameter:
-column-parallel layers along dimension 0, row-parallel ones along dimension 1 (their bias is replicated), the vocabulary along 0.
+column-parallel layers along dimension 0, row-parallel ones along dimension 1 (their bias is replicated), the vocabulary
+along 0.
 Hugging Face's GPT-2 stores its matrices as Conv1D, [in, out]: the transpose of Megatron's [out, in].
 """
 
@@ -113,7 +114,8 @@ _OUTER_KEYS = {
     "position_embeddings.weight": POSITION_EMBEDDINGS.canonical,
     "output_layer.weight": OUTPUT_LAYER.canonical,
     HEAD_COPY: HEAD_COPY,
-    **{f"{norm}.{p.canonical.rpartition('.')[2]}": p.canonical for norm in ("final_layernorm", "final_norm") for p in FINAL_NORM},
+    **{p.megatron: p.canonical for p in FINAL_NORM},
+    **{p.megatron.replace("final_layernorm", "final_norm"): p.canonical for p in FINAL_NORM},
 }
 _WRAPPERS = re.compile(r"(?:(?:module|model|language_model|embedding|transformer|encoder|decoder)\.)*")
 _LAYER_KEY = re.compile(r"layers\.(\d+)\.(.+)")

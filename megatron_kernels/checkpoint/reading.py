@@ -24,7 +24,7 @@ _HARMLESS = {
     *(f"numpy.{name}" for name in ("ndarray", "dtype", "random._pickle.__randomstate_ctor")),
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
 }
-_HARMLESS_PACKAGES = ("megatron", "fp16", "apex", "transformer_engine")
+_HARMLESS_PACKAGES = ("megatron.", "fp16.", "apex.", "transformer_engine.")
 
 
 class Stub:
@@ -61,8 +61,8 @@ def _numpy_scalar(dtype: Any, raw: Any = None) -> Any:
     code = dtype.arguments[0] if isinstance(dtype, Stub) and dtype.arguments else None
     if not isinstance(raw, bytes) or not isinstance(code, str) or code[:1] not in "biuf":
         return None
-    order = dtype.state[1] if isinstance(dtype.state, tuple) and len(dtype.state) > 1 else "="
-    return numpy.frombuffer(raw, numpy.dtype(code).newbyteorder(order if order in ("<", ">") else "="))[0].item()
+    swapped = isinstance(dtype.state, tuple) and len(dtype.state) > 1 and dtype.state[1] == ">"
+    return numpy.frombuffer(raw, numpy.dtype(code).newbyteorder(">" if swapped else "<"))[0].item()
 
 
 def _stand_in(name: str) -> Any:
@@ -73,7 +73,7 @@ def _stand_in(name: str) -> Any:
 
 
 def _is_harmless(name: str) -> bool:
-    return name in _HARMLESS or name.partition(".")[0] in _HARMLESS_PACKAGES and "." in name
+    return name in _HARMLESS or name.startswith(_HARMLESS_PACKAGES)
 
 
 def _globals(pickle: IO[bytes]) -> Iterator[str]:
@@ -81,7 +81,7 @@ def _globals(pickle: IO[bytes]) -> Iterator[str]:
     strings: list[str] = []
     for opcode, argument, _ in pickletools.genops(pickle):
         if opcode.name == "GLOBAL":
-            yield argument.replace(" ", ".")
+            yield str(argument).replace(" ", ".")
         elif opcode.name == "STACK_GLOBAL":
             yield ".".join(strings[-2:])
         elif isinstance(argument, str):
@@ -89,8 +89,9 @@ def _globals(pickle: IO[bytes]) -> Iterator[str]:
 
 
 def _allowed_by_torch(name: str) -> bool:
-    return name.startswith(("torch.", "collections.")) or name in (
-        "_codecs.encode", *(f"{module}.{kind}" for module in ("builtins", "__builtin__") for kind in ("set", "bytearray", "complex")))
+    module, _, attribute = name.rpartition(".")
+    return (name.startswith(("torch.", "collections.")) or name == "_codecs.encode"
+            or (module in ("builtins", "__builtin__") and attribute in ("set", "bytearray", "complex")))
 
 
 def _foreign_globals(path: Path, label: str) -> set[str]:
@@ -110,8 +111,8 @@ def _foreign_globals(path: Path, label: str) -> set[str]:
     foreign = {name for name in names if not _allowed_by_torch(name)}
     for name in sorted(foreign):
         if not _is_harmless(name):
-            raise CheckpointError(f"{label}: refused, the pickle refers to {name}, which is neither a tensor nor on the list of "
-                                  "harmless classes; nothing in the file was run")
+            raise CheckpointError(f"{label}: refused, the pickle refers to {name}, which is neither a tensor nor on the list "
+                                  "of harmless classes; nothing in the file was run")
     return foreign
 
 
@@ -136,7 +137,7 @@ def read_torch_file(path: Path, label: str | None = None) -> Any:
         mapped = zipfile.is_zipfile(path)
         if head == b"PK\x03\x04" and not mapped:
             raise CheckpointError(f"{label}: truncated or damaged (a zip file without its directory at the end)")
-        stand_ins = [(_stand_in(name), name) for name in sorted(_foreign_globals(path, label))]
+        stand_ins: list[Any] = [(_stand_in(name), name) for name in sorted(_foreign_globals(path, label))]
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (CheckpointError, MemoryError, KeyboardInterrupt):

@@ -1,7 +1,7 @@
 """Writing a safetensors file one tensor at a time.
 
-The library's own writer takes all tensors of a file at once, which would hold a second copy of the model in memory. The format is
-small: eight bytes with the length of a JSON header, the header (dtype, shape and byte range of each tensor), then the bytes.
+The library's own writer takes all tensors of a file at once, which would hold a second copy of the model in memory. The format
+is small: eight bytes with the length of a JSON header, the header (dtype, shape and byte range of each tensor), then the bytes.
 Source: the format section of the safetensors README.
 """
 
@@ -11,6 +11,7 @@ import json
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -38,8 +39,8 @@ def write_safetensors(path: Path, entries: dict[str, tuple[tuple[int, ...], torc
             write_tensor(file, make(name), entries[name], name)
 
 
-def write_tensor(file: object, tensor: Tensor, expected: tuple[tuple[int, ...], torch.dtype], name: str) -> None:
+def write_tensor(file: BinaryIO, tensor: Tensor, expected: tuple[tuple[int, ...], torch.dtype], name: str) -> None:
     """Append a tensor's bytes to a binary file; raises ValueError when shape or dtype differ from what was announced."""
     if (tuple(tensor.shape), tensor.dtype) != expected:
         raise ValueError(f"{name}: announced as {expected}, made as {(tuple(tensor.shape), tensor.dtype)}")
-    file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[attr-defined]
+    file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -1,7 +1,8 @@
 """The model's configuration, put together from what the tensors, Megatron's `args` and a Hugging Face config.json say.
 
-Layers, width, feed-forward width, positions and padded vocabulary are read off the tensors; the other sources must agree with
-them. `args` or the config file tell the rest, and features of Megatron-LM that change the function computed are refused by name.
+Layers, width, feed-forward width, positions and padded vocabulary are read off the tensors; the other sources must agree
+with them. `args` or the config file tell the rest, and features of Megatron-LM that change the function computed are refused
+by name.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ _HF_ALIASES = {"n_ctx": "n_positions", "max_position_embeddings": "n_positions",
                "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
 _TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh")
 _ERF_GELU = ("gelu", "gelu_python")
-_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "max_position_embeddings")  # what tensors tell, besides the vocabulary
+_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "max_position_embeddings")  # told by the tensors
+_TAKEN_FROM_ARGS = ("num_attention_heads", "padded_vocab_size", "hidden_dropout", "attention_dropout", "init_method_std",
+                    "bos_token_id", "eos_token_id")
 _SHAPES_345M = {"num_layers": 24, "hidden_size": 1024, "ffn_hidden_size": 4096, "max_position_embeddings": 1024}
 _VOCAB_345M = 50257
 
@@ -126,7 +129,8 @@ def known_by_huggingface(content: dict[str, Any], label: str) -> dict[str, Any]:
         if (value := content.get(name, fine)) not in (fine, None):
             raise CheckpointError(f"{label}: {name} = {value!r} is not supported; expected {fine!r}")
     known: dict[str, Any] = {}
-    for hf, ours in [*_HF_FIELDS.items(), *((alias, _HF_FIELDS[name]) for alias, name in _HF_ALIASES.items() if name not in content)]:
+    aliases = {alias: _HF_FIELDS[name] for alias, name in _HF_ALIASES.items() if name not in content}
+    for hf, ours in (_HF_FIELDS | aliases).items():
         value = content.get(hf)
         if value is None:
             continue
@@ -157,8 +161,7 @@ def known_by_user(config: GPT2Config | str | Path | None) -> tuple[dict[str, Any
 
 def known_by_args(args: dict[str, Any], label: str) -> dict[str, Any]:
     """What Megatron's args state, under our names; raises CheckpointError where they contradict themselves."""
-    known = {name: args[name] for name in (*_SIZES, "num_attention_heads", "padded_vocab_size", "hidden_dropout",
-                                           "attention_dropout", "init_method_std", "bos_token_id", "eos_token_id") if args.get(name) is not None}
+    known = {name: args[name] for name in (*_SIZES, *_TAKEN_FROM_ARGS) if args.get(name) is not None}
     if known.get("num_layers") is None and args.get("encoder_num_layers") is not None:
         known["num_layers"] = args["encoder_num_layers"]
     for name, value in known.items():
@@ -194,8 +197,8 @@ def combine(measured: dict[str, Any], args: dict[str, Any] | None, config: GPT2C
             tensor_parallel: int) -> tuple[GPT2Config, tuple[str, ...]]:
     """The configuration of a Megatron checkpoint, and notes for the user.
 
-    measured: what the tensors tell (layers, sizes, padded_vocab_size, untie_embeddings_and_output_weights). Sources later in the
-    order tensors, args, config fill what is still open; a contradiction raises CheckpointError with both values.
+    measured: what the tensors tell (layers, sizes, padded_vocab_size, untie_embeddings_and_output_weights). Sources later in
+    the order tensors, args, config fill what is still open; a contradiction raises CheckpointError with both values.
     """
     known = {name: (value, "the tensors") for name, value in measured.items()}
     user, user_label = known_by_user(config)
@@ -206,9 +209,9 @@ def combine(measured: dict[str, Any], args: dict[str, Any] | None, config: GPT2C
             if name not in known or (name in dropouts and source == user_label):
                 known[name] = (value, source)
             elif known[name][0] != value:
-                raise CheckpointError(f"{label}: {source} says {name} = {value!r}, but {known[name][1]} say {known[name][0]!r}"
-                                      if source != user_label else
-                                      f"{source} says {name} = {value!r}, but in {label} {known[name][1]} say {known[name][0]!r}")
+                said, where = known[name]
+                raise CheckpointError(f"{source} say {name} = {value!r}, but {where}{'' if label in where else f' in {label}'} "
+                                      f"say {said!r}")
     values = {name: value for name, (value, _) in known.items()}
     notes: list[str] = []
     if args is None:
@@ -216,24 +219,25 @@ def combine(measured: dict[str, Any], args: dict[str, Any] | None, config: GPT2C
             for name, value in {"num_attention_heads": 16, "vocab_size": _VOCAB_345M}.items():
                 values.setdefault(name, value)
             if config is None:
-                notes.append("no args in the checkpoint: the shapes are the 345M release's, so are heads (16), vocabulary (50257) "
-                             "and activation (tanh GELU)")
+                notes.append("no args in the checkpoint: the shapes are the 345M release's, so are heads (16), vocabulary "
+                             "(50257) and activation (tanh GELU)")
         missing = [hf for hf in ("n_head", "vocab_size") if _HF_FIELDS[hf] not in values]
         if "num_attention_heads" not in values or (missing and config is None):
-            raise CheckpointError(f"{label}: the checkpoint has no args, and its shapes ({_describe(measured)}) are not the 345M "
-                                  f"release's; give {' and '.join(missing)} with a configuration file (--config FILE, a Hugging "
-                                  "Face config.json; activation_function there defaults to gelu_new)")
+            raise CheckpointError(f"{label}: the checkpoint has no args, and its shapes ({_describe(measured)}) are not the "
+                                  f"345M release's; give {' and '.join(missing)} with a configuration file (--config FILE, a "
+                                  "Hugging Face config.json; activation_function there defaults to gelu_new)")
         values.setdefault("gelu_approximate", "tanh")
     values.setdefault("gelu_approximate", "none")
     if "num_attention_heads" not in values:
-        raise CheckpointError(f"{label}: args has no num_attention_heads; give n_head with a configuration file (--config FILE)")
+        raise CheckpointError(f"{label}: args lack num_attention_heads; give n_head with a configuration file (--config FILE)")
     if "vocab_size" not in values:
         values["vocab_size"] = values["padded_vocab_size"]
         notes.append(f"the original vocabulary size is unknown: all {values['vocab_size']} rows are kept as classes; "
                      "vocab_size in a configuration file (--config FILE) tells it")
     if values["vocab_size"] > values["padded_vocab_size"]:
-        raise CheckpointError(f"{known['vocab_size'][1] if 'vocab_size' in known else label}: vocab_size {values['vocab_size']} "
-                              f"is more than the {values['padded_vocab_size']} rows of the word embeddings in {label}")
+        source = known["vocab_size"][1] if "vocab_size" in known else "the 345M release"
+        raise CheckpointError(f"{source} says vocab_size = {values['vocab_size']}, but the word embeddings in {label} have "
+                              f"only {values['padded_vocab_size']} rows")
     return make_config(values, label), tuple(notes)
 
 

@@ -32,7 +32,8 @@ class Tokenizer:
                 raise CheckpointError(f"{self.directory}: no such directory (tokenizer)")
             here = {name for name in FILES if (self.directory / name).is_file()}
             if not ("tokenizer.json" in here or {"vocab.json", "merges.txt"} <= here):
-                raise CheckpointError(f"{self.directory}: no tokenizer found; expected tokenizer.json, or vocab.json and merges.txt")
+                raise CheckpointError(f"{self.directory}: no tokenizer found; expected tokenizer.json, or vocab.json and "
+                                      "merges.txt")
         elif self.vocab_file is None or self.merges_file is None:
             raise CheckpointError("a vocabulary file and a merges file go together; one of them is missing")
 
@@ -47,7 +48,7 @@ class Tokenizer:
         return self.vocab_file, self.merges_file
 
     def load(self) -> Any:
-        """The tokenizers.Tokenizer itself: read from tokenizer.json, or GPT-2's byte-level BPE made from vocabulary and merges."""
+        """The tokenizers.Tokenizer itself: read from tokenizer.json, or a byte-level BPE made from vocabulary and merges."""
         from tokenizers import Tokenizer as Fast
         from tokenizers import decoders, models, pre_tokenizers, processors
 
@@ -62,7 +63,8 @@ class Tokenizer:
         vocab = read_json(vocab_file)
         try:
             lines = merges_file.read_text(encoding="utf-8").split("\n")
-            merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+            merges = [(left, right) for left, right in (line.split(" ") for line in lines
+                                                        if line and not line.startswith("#version"))]
             tokenizer = Fast(models.BPE(vocab=vocab, merges=merges))
         except FileNotFoundError:
             raise CheckpointError(f"{merges_file}: no such file") from None
@@ -85,7 +87,8 @@ class Tokenizer:
         highest = max(self.load().get_vocab().values(), default=-1)
         if highest >= vocab_size:
             where = self.directory or self.vocab_file
-            raise CheckpointError(f"{where}: the tokenizer's highest id is {highest}, but the model's vocabulary has {vocab_size} rows")
+            raise CheckpointError(f"{where}: the tokenizer's highest id is {highest}, but the model's vocabulary has "
+                                  f"{vocab_size} rows")
 
     def write(self, target: Path, max_length: int) -> None:
         """Put the files into `target`; vocabulary and merges also become a tokenizer.json and a tokenizer_config.json."""
@@ -102,6 +105,6 @@ class Tokenizer:
         if not (target / "tokenizer_config.json").exists():
             special: dict[str, Any] = {}
             if self.end_of_text is not None:
-                special = {name: END_OF_TEXT for name in ("bos_token", "eos_token", "unk_token")}
+                special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
             content = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": max_length, "add_prefix_space": False, **special}
             (target / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
