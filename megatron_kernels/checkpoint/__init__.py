@@ -12,13 +12,14 @@ from pathlib import Path
 
 from ..models.config import GPT2Config
 from . import huggingface, megatron
-from .errors import CheckpointError
+from .errors import CheckpointError, MissingConfigurationError
 from .huggingface import save_huggingface
 from .megatron_writer import save_megatron
 from .tensors import Checkpoint
 from .tokenizer import Tokenizer
 
-__all__ = ["Checkpoint", "CheckpointError", "Tokenizer", "load", "save_huggingface", "save_megatron"]
+__all__ = ["Checkpoint", "CheckpointError", "MissingConfigurationError", "Tokenizer", "load", "save_huggingface",
+           "save_megatron"]
 
 
 def load(path: str | os.PathLike[str], config: GPT2Config | str | Path | None = None) -> Checkpoint:

@@ -1,7 +1,21 @@
-"""The one error that reading and writing checkpoints raises for what the user can put right."""
+"""The error that reading and writing checkpoints raises for what the user can put right."""
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class CheckpointError(ValueError):
     """A checkpoint, a configuration or a destination is unusable; the message is one line naming the file, key or shard."""
+
+
+class MissingConfigurationError(CheckpointError):
+    """The checkpoint has no `args`, and its shapes don't tell the rest.
+
+    `config` is what the shapes do tell, as fields of GPT2Config; the heads are as few as the tensor-parallel shards allow and every row of the vocabulary is a class: enough to
+    look at the checkpoint, not to compute with it.
+    """
+
+    def __init__(self, message: str, config: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.config = config

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.config import GPT2Config
-from .errors import CheckpointError
+from .errors import CheckpointError, MissingConfigurationError
 
 # Hugging Face's name -> ours
 _HF_FIELDS = {
@@ -223,9 +223,11 @@ def combine(measured: dict[str, Any], args: dict[str, Any] | None, config: GPT2C
                              "(50257) and activation (tanh GELU)")
         missing = [hf for hf in ("n_head", "vocab_size") if _HF_FIELDS[hf] not in values]
         if "num_attention_heads" not in values or (missing and config is None):
-            raise CheckpointError(f"{label}: the checkpoint has no args, and its shapes ({_describe(measured)}) are not the "
-                                  f"345M release's; give {' and '.join(missing)} with a configuration file (--config FILE, a "
-                                  "Hugging Face config.json; activation_function there defaults to gelu_new)")
+            raise MissingConfigurationError(
+                f"{label}: the checkpoint has no args, and its shapes ({_describe(measured)}) are not the 345M release's; give "
+                f"{' and '.join(missing)} with a configuration file (--config FILE, a Hugging Face config.json; "
+                "activation_function there defaults to gelu_new)",
+                measured | {"num_attention_heads": tensor_parallel, "vocab_size": measured["padded_vocab_size"]})
         values.setdefault("gelu_approximate", "tanh")
     values.setdefault("gelu_approximate", "none")
     if "num_attention_heads" not in values:
