@@ -15,12 +15,13 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
 PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install -qq
 SAY := @printf '\n==> %s\n'
 STAMP := $(VENV)/.megatron_kernels
 TEST_STAMP := $(VENV)/.megatron_kernels-test
 SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) setup.py pyproject.toml
 
-.PHONY: help install demo test test-slow lint format bench clean
+.PHONY: help install demo test test-slow lint bench clean
 help:
 	@awk '!/^#/ {exit} {sub(/^# ?/, ""); print}' Makefile
 
@@ -33,24 +34,23 @@ endif
 
 $(PY):
 	$(SAY) "Making a virtual environment in $(VENV)"
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
 
 # The build must see the torch it will run with, so torch comes first and the package is built without isolation.
 $(STAMP): $(SOURCES) | $(PY)
 	@$(PY) -c 'import importlib.metadata as m; print("\n==> Keeping torch", m.version("torch"))' 2>/dev/null || { \
-	  printf '\n==> %s\n' 'Installing $(TORCH) (half a minute when it is at hand; a CUDA build is several GB)'; \
+	  printf '\n==> %s\n' 'Installing $(TORCH) (200 MB, or several GB where pip finds a CUDA build)'; \
 	  $(PY) -m pip install '$(TORCH)'; }
-	$(SAY) "Installing the build tools"
-	$(PY) -m pip install --quiet 'setuptools>=77' ninja
-	$(SAY) "Compiling and installing megatron_kernels (a minute or two)"
-	$(PY) -m pip install --no-build-isolation --editable .
+	$(SAY) "Compiling and installing megatron_kernels (half a minute)"
+	@$(PIP) 'setuptools>=77' ninja
+	@$(PIP) --no-build-isolation --editable .
 	@printf '%s\n' '$(CURDIR)' > $@
 
-$(TEST_STAMP): $(STAMP) pyproject.toml
-	$(SAY) "Installing what the tests need"
+$(TEST_STAMP): pyproject.toml | $(STAMP)
+	$(SAY) "Installing what the tests and linters need"
 	@$(PY) -c 'from importlib.metadata import requires; print(*(r.split(";")[0] for r in requires("megatron-kernels") \
 	  if "extra ==" in r), sep="\n")' > $(VENV)/test-requirements.txt
-	$(PY) -m pip install --quiet -r $(VENV)/test-requirements.txt
+	@$(PIP) -r $(VENV)/test-requirements.txt
 	@touch $@
 
 install: $(STAMP)
