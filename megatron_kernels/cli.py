@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from .checkpoint import Checkpoint, Tokenizer
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown", help="""
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
+                  help="""
 Fused kernels for Megatron-style transformers, and the GPT-2 made from them: look into checkpoints, convert them between
 Megatron-LM and Hugging Face, and write text with them. No Megatron-LM, no network.
 

@@ -12,8 +12,8 @@ class CheckpointError(ValueError):
 class MissingConfigurationError(CheckpointError):
     """The checkpoint has no `args`, and its shapes don't tell the rest.
 
-    `config` is what the shapes do tell, as fields of GPT2Config; the heads are as few as the tensor-parallel shards allow and every row of the vocabulary is a class: enough to
-    look at the checkpoint, not to compute with it.
+    `config` is what the shapes do tell, as fields of GPT2Config. Its heads are as few as the tensor-parallel shards allow and
+    every row of the vocabulary is a class: enough to look at the checkpoint, not to compute with it.
     """
 
     def __init__(self, message: str, config: dict[str, Any]) -> None:

@@ -226,13 +226,13 @@ def _check_copies(sources: dict[str, Sources], config: GPT2Config, head_copy: So
                 if not same_bits(located.tensor, source.shards[0].tensor):
                     raise CheckpointError(f"{label}: a shard of another run: {located.key} differs from {source.labels[0]}, "
                                           "expected equal")
-    if head_copy is not None:
-        for copy, original, label in zip(head_copy.shards, sources[_WORDS].shards, head_copy.labels, strict=True):
-            if not same_bits(copy.tensor, original.tensor):
-                raise CheckpointError(f"{label}: a shard of another run: {copy.key} differs from the word embeddings of the "
-                                      "first stage, expected equal")
     qkv = sources[_QKV]
     for i, one in enumerate(qkv.shards):
         for other, label in zip(qkv.shards[:i], qkv.labels, strict=False):
             if same_bits(one.tensor, other.tensor) and one.tensor.unique().numel() > 1:
                 raise CheckpointError(f"{qkv.labels[i]}: holds the same {one.key} as {label}, expected another part of it")
+    if head_copy is not None:
+        for copy, original, label in zip(head_copy.shards, sources[_WORDS].shards, head_copy.labels, strict=True):
+            if not same_bits(copy.tensor, original.tensor):
+                raise CheckpointError(f"{label}: a shard of another run: {copy.key} differs from the word embeddings of the "
+                                      "first stage, expected equal")

@@ -8,6 +8,7 @@ are mapped to inert stand-ins, so the modules that they come from are neither ne
 from __future__ import annotations
 
 import pickletools
+import re
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -111,9 +112,13 @@ def _foreign_globals(path: Path, label: str) -> set[str]:
     foreign = {name for name in names if not _allowed_by_torch(name)}
     for name in sorted(foreign):
         if not _is_harmless(name):
-            raise CheckpointError(f"{label}: refused, the pickle refers to {name}, which is neither a tensor nor on the list "
-                                  "of harmless classes; nothing in the file was run")
+            raise _refused(name, label)
     return foreign
+
+
+def _refused(name: str, label: str) -> CheckpointError:
+    return CheckpointError(f"{label}: refused, the pickle refers to {name}, which is neither a tensor nor on the list of "
+                           "harmless classes; nothing in the file was run")
 
 
 def is_torch_zip(path: Path) -> bool:
@@ -149,10 +154,12 @@ def read_torch_file(path: Path, label: str | None = None) -> Any:
     except (struct.error, EOFError) as error:
         raise CheckpointError(f"{label}: truncated or damaged ({first_line(error)})") from None
     except Exception as error:  # a damaged pickle can fail anywhere in the unpickler, with any exception
+        if match := re.search(r"Unsupported global: GLOBAL (\S+) ", str(error)):
+            raise _refused(match[1], label) from None
         raise CheckpointError(f"{label}: not a readable PyTorch checkpoint ({first_line(error)})") from None
 
 
 def first_line(error: BaseException) -> str:
     """The type and the first line of an error's text, at most 200 characters, for use inside a one-line message."""
-    text = str(error).strip().partition("\n")[0]
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]  # torch puts advice before its reason
     return f"{type(error).__name__}: {text}"[:200] if text else type(error).__name__
