@@ -57,11 +57,10 @@ class use:
     """
 
     def __init__(self, name: str):
-        known = implementations()
-        if name not in known:
-            raise ValueError(f"use: unknown implementation {name!r}; known are {', '.join(known)}")
-        if not known[name].available:
-            raise RuntimeError(f"use: implementation {name!r} can't run here: {known[name].detail}")
+        if name not in (*_NAMESPACES, REFERENCE):
+            raise ValueError(f"use: unknown implementation {name!r}; known are {', '.join(implementations())}")
+        if name == "cpu" and _cpu_error:
+            raise RuntimeError(f"use: implementation {name!r} can't run here: {_cpu_error}")
         self.name = name
         self.outer: list[str | None] = []
 

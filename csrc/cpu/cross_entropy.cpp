@@ -7,7 +7,7 @@
 namespace mk::cpu::MK_ISA {
 namespace {
 
-constexpr int64_t kTile = 1024;
+constexpr int64_t kTile = 512;
 
 template <class A>
 struct RowState {

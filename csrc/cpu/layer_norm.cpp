@@ -18,13 +18,11 @@ void forward(const LayerNormForward& a, ParallelFor pf) {
     for (int64_t row = first; row < last; ++row) {
       const T* x = static_cast<const T*>(a.x) + row * a.cols;
       T* y = static_cast<T*>(a.y) + row * a.cols;
-      A sum = 0, squares = 0;
-      MK_SIMD_SUM(sum) for (int64_t j = 0; j < a.cols; ++j) sum += load(x[j]);
-      A mean = sum / A(a.cols);
-      MK_SIMD_SUM(squares) for (int64_t j = 0; j < a.cols; ++j) {
+      A mean = sum_of<A>(a.cols, [&](int64_t j) { return load(x[j]); }) / A(a.cols);
+      A squares = sum_of<A>(a.cols, [&](int64_t j) {
         A d = load(x[j]) - mean;
-        squares += d * d;
-      }
+        return d * d;
+      });
       A rstd = math::rsqrt(squares / A(a.cols) + A(a.eps));
       MK_SIMD for (int64_t j = 0; j < a.cols; ++j) y[j] = store<T>((load(x[j]) - mean) * rstd * weight[j] + bias[j]);
       static_cast<A*>(a.mean)[row] = mean;

@@ -42,15 +42,12 @@ void forward_row(const T* x, const uint8_t* mask, T* y, int64_t n, acc_t<T> scal
     A e = math::exp(load(x[j]) * scale - top);
     return masked(j) ? A(0) : e;
   };
-  A sum = 0;
   if (n <= kBuffer) {
     A e[kBuffer];
-    MK_SIMD_SUM(sum) for (int64_t j = 0; j < n; ++j) sum += e[j] = exponential(j);
-    A inverse = A(1) / sum;
+    A inverse = A(1) / sum_of<A>(n, [&](int64_t j) { return e[j] = exponential(j); });
     MK_SIMD for (int64_t j = 0; j < n; ++j) y[j] = store<T>(masked(j) ? A(0) : e[j] * inverse);
   } else {
-    MK_SIMD_SUM(sum) for (int64_t j = 0; j < n; ++j) sum += exponential(j);
-    A inverse = A(1) / sum;
+    A inverse = A(1) / sum_of<A>(n, exponential);
     MK_SIMD for (int64_t j = 0; j < n; ++j) y[j] = store<T>(masked(j) ? A(0) : exponential(j) * inverse);
   }
 }
@@ -86,8 +83,7 @@ void backward(const SoftmaxBackward& a, ParallelFor pf) {
       const T* y = static_cast<const T*>(a.y) + row * a.cols;
       T* dx = static_cast<T*>(a.dx) + row * a.cols;
       int64_t n = live_columns(a.causal, row, a.queries, a.cols);
-      A dot = 0, scale = A(a.scale);
-      MK_SIMD_SUM(dot) for (int64_t j = 0; j < n; ++j) dot += load(y[j]) * load(dy[j]);
+      A scale = A(a.scale), dot = sum_of<A>(n, [&](int64_t j) { return load(y[j]) * load(dy[j]); });
       MK_SIMD for (int64_t j = 0; j < n; ++j) dx[j] = store<T>(scale * load(y[j]) * (load(dy[j]) - dot));
       clear(dx + n, a.cols - n);
     }

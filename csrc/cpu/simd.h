@@ -114,7 +114,9 @@ MK_FN float erfcx(float x) {
   p = p * t + 0.198592276f;
   return p * t - 4.97254800e-5f;
 }
-MK_FN double erfcx(double x) { return __builtin_exp(x * x) * __builtin_erfc(x); }
+MK_FN double erfcx(double x) {
+  return x > 26. ? 0.56418958354775629 / x : __builtin_exp(x * x) * __builtin_erfc(x);  // beyond 26 erfc is subnormal
+}
 
 MK_FN float log(float x) { return __builtin_logf(x); }
 MK_FN double log(double x) { return __builtin_log(x); }
@@ -133,6 +135,20 @@ void parallel(ParallelFor pf, int64_t items, int64_t elements, const F& f) {
   int64_t grain = max<int64_t>(1, kGrainElements / max<int64_t>(1, elements));
   pf(0, items, grain, [](int64_t first, int64_t last, void* body) { (*static_cast<const F*>(body))(first, last); },
      const_cast<F*>(&f));
+}
+
+// The sum of f(j) over [0, n), tile by tile: in one running sum a large term would swallow thousands of small ones.
+template <class A, class F>
+MK_FN A sum_of(int64_t n, const F& f) {
+  constexpr int64_t kTile = 512;
+  A total = 0;
+  for (int64_t begin = 0; begin < n; begin += kTile) {
+    int64_t end = min(n, begin + kTile);
+    A sum = 0;
+    MK_SIMD_SUM(sum) for (int64_t j = begin; j < end; ++j) sum += f(j);
+    total += sum;
+  }
+  return total;
 }
 
 // Copies a parameter vector into the accumulation type; a null one becomes `missing` everywhere.

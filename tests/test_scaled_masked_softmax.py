@@ -1,0 +1,147 @@
+"""scaled_masked_softmax against its specification in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from cases import DTYPES, LAYOUTS, ROWS_COLS, SETTINGS, acc_eps, assert_within, dtypes, eps, leaf, randn, rows_cols, seeds, wide
+from hypothesis import given
+
+import megatron_kernels as mk
+from megatron_kernels import reference
+
+
+def check(x, mask=None, scale=0.3, causal=False, dy=None):
+    """Forward and gradient of one call, against the specification."""
+    dy = randn(*x.shape, seed=7, dtype=x.dtype) if dy is None else dy
+    x, z = leaf(x), wide(x)
+    y = mk.scaled_masked_softmax(x, mask, scale, causal)
+    p = reference.scaled_masked_softmax(z, mask, scale, causal)
+    p.backward(dy.double())
+    y.backward(dy)
+    q = p.detach()
+    tiny = torch.finfo(x.dtype).tiny + torch.finfo(torch.float32).tiny  # results below the normal numbers may be 0
+    distance = 1 - q.clamp(min=1e-300).log() + (z.detach() * scale).abs()  # how far the exponent's argument carries rounding
+    bound = q * (eps(x.dtype) + acc_eps(x.dtype) * (4 * distance + min(q.shape[-1], 512) / 8)) + tiny
+    assert_within(y, q, bound, "y", x.dtype)
+    masked = reference.scaled_masked_softmax(torch.zeros_like(q), mask, scale, causal) == 0
+    assert (y[masked] == 0).all(), "y: not exactly 0 at a masked position"
+
+    spread = dy.double().abs() + (q * dy.double().abs()).sum(-1, keepdim=True)
+    bound = abs(scale) * ((q * 6 * eps(x.dtype) + bound) * spread + q * (bound * dy.double().abs()).sum(-1, keepdim=True)) + tiny
+    assert_within(x.grad, z.grad, bound + tiny * spread, "dx", x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_shapes(implementation, poisoned, dtype, causal):
+    for rows, cols in [*ROWS_COLS, (2, 9001)]:
+        check(randn(rows, cols, seed=rows * cols, dtype=dtype), causal=causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_masks_broadcast(implementation, poisoned, dtype, causal):
+    b, h, sq, sk = 3, 2, 5, 35
+    x = randn(b, h, sq, sk, seed=3, dtype=dtype)
+    generator = torch.Generator().manual_seed(5)
+    for expand in itertools.product([False, True], repeat=4):
+        shape = [1 if one else n for one, n in zip(expand, (b, h, sq, sk), strict=True)]
+        mask = torch.rand(shape, generator=generator) < 0.4
+        check(x, mask, causal=causal)
+        if shape[0] == 1:
+            check(x, mask[0], causal=causal)
+        if shape[:3] == [1, 1, 1]:
+            check(x, mask[0, 0, 0], causal=causal)
+    full = torch.rand(b, h, sq, sk, generator=generator) < 0.4
+    check(x, full.transpose(0, 3).contiguous().transpose(0, 3), causal=causal)
+    check(x, (torch.rand(b, 1, 1, sk, generator=generator) < 0.4).expand(b, h, sq, sk), causal=causal)
+    check(x, torch.tensor(False), causal=causal)
+
+
+def test_long_masked_row(implementation, poisoned):
+    check(randn(2, 9001, seed=1, dtype=torch.bfloat16), torch.rand(2, 9001) < 0.5)
+
+
+def test_fully_masked_rows_are_zero(implementation, poisoned):
+    for mask in (torch.ones(4, 9, dtype=torch.bool), torch.ones(4, 1, dtype=torch.bool), torch.tensor(True)):
+        x = leaf(torch.full((4, 9), -math.inf))
+        y = mk.scaled_masked_softmax(x, mask)
+        y.backward(torch.ones_like(y))
+        assert torch.equal(y, torch.zeros(4, 9))
+        assert torch.equal(x.grad, torch.zeros(4, 9))
+
+
+@pytest.mark.parametrize("sq,sk", [(1, 6), (6, 1), (5, 3), (3, 5), (4, 4)])
+def test_causal_is_bottom_right(implementation, poisoned, sq, sk):
+    y = mk.scaled_masked_softmax(torch.zeros(2, sq, sk), causal=True)
+    for q, k in itertools.product(range(sq), range(sk)):
+        live = q + sk - sq + 1
+        assert (y[:, q, k] == (0 if k >= live else 1 / live)).all()
+
+
+def test_masked_values_do_not_count(implementation):
+    x = torch.tensor([[1.0, math.nan, 2.0, math.inf]])
+    mask = torch.tensor([[False, True, False, True]])
+    assert_within(mk.scaled_masked_softmax(x, mask), torch.tensor([[math.exp(-1), 0, 1, 0]]) / (1 + math.exp(-1)), 1e-7, "y")
+
+
+def test_right_of_the_diagonal_is_not_read(implementation):
+    x = torch.zeros(3, 3).masked_fill(torch.ones(3, 3).triu(1).bool(), math.nan)
+    y = mk.scaled_masked_softmax(x, causal=True)
+    assert torch.equal(y, torch.tensor([[1, 0, 0], [0.5, 0.5, 0], [1 / 3] * 3]))
+    dx = torch.ops.megatron_kernels.scaled_masked_softmax_backward(x, y, 1.0, True)
+    assert torch.equal(dx, torch.zeros(3, 3))
+
+
+def test_values_that_have_no_softmax_give_nan(implementation):
+    row = torch.tensor([[-math.inf, -math.inf, 0.0]])
+    mask = torch.tensor([[False, False, True]])
+    expected = torch.tensor([[math.nan, math.nan, 0.0]])
+    assert torch.equal(mk.scaled_masked_softmax(row, mask).nan_to_num(7), expected.nan_to_num(7))
+    assert mk.scaled_masked_softmax(torch.tensor([[0.0, math.nan, 1.0]])).isnan().all()
+
+
+def test_scale_is_not_rounded(implementation):
+    x = torch.tensor([[0.0, 96.0]], dtype=torch.bfloat16)
+    scale = 1 / 96 ** 0.5  # rounding this to bfloat16 would move the exponent's argument by 0.02 and the first value by 2%
+    exact = reference.scaled_masked_softmax(x.double(), scale=scale)
+    assert_within(mk.scaled_masked_softmax(x, scale=scale), exact, exact * eps(torch.bfloat16), "y")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(implementation, poisoned, layout):
+    for dtype in (torch.float32, torch.bfloat16):
+        x, dy = randn(4, 6, 37, seed=1, dtype=dtype), randn(4, 6, 37, seed=2, dtype=dtype)
+        check(LAYOUTS[layout](x), causal=True)
+        check(x, dy=LAYOUTS[layout](dy))
+
+
+@given(shape=rows_cols, dtype=dtypes, seed=seeds)
+@SETTINGS
+def test_random_shapes(implementation, poisoned, shape, dtype, seed):
+    x = randn(2, *shape, seed=seed, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(2, 1, shape[1], generator=generator) < 0.3 if seed % 2 else None
+    check(x, mask, scale=(seed % 7 - 2) / 4, causal=seed % 3 == 0)
+
+
+def test_errors():
+    x = torch.zeros(2, 3)
+    with pytest.raises(RuntimeError, match=r"scaled_masked_softmax: mask must be bool.*float32"):
+        mk.scaled_masked_softmax(x, torch.zeros(2, 3))
+    with pytest.raises(RuntimeError, match=r"scaled_masked_softmax: mask must broadcast to x's shape \[2, 3\], got \[2, 4\]"):
+        mk.scaled_masked_softmax(x, torch.zeros(2, 4, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match=r"mask must broadcast.*got \[1, 2, 3\]"):
+        mk.scaled_masked_softmax(x, torch.zeros(1, 2, 3, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match=r"scaled_masked_softmax: x must be float32.*int64"):
+        mk.scaled_masked_softmax(x.long())
+    with pytest.raises(RuntimeError, match="causal=True needs x of at least two dimensions"):
+        mk.scaled_masked_softmax(x[0], causal=True)
+    with pytest.raises(RuntimeError, match="last dimension of at least 1"):
+        mk.scaled_masked_softmax(x[:, :0])
+    with pytest.raises(RuntimeError, match=r"dy must have the shape of y \[2, 3\], got \[3, 2\]"):
+        torch.ops.megatron_kernels.scaled_masked_softmax_backward(x.T, x, 1.0, False)
