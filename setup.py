@@ -29,7 +29,7 @@ if platform.machine() in ("x86_64", "AMD64"):
                                   "-mprefer-vector-width=512"]
 # Error texts and debug information name files by their path in the source tree, not by the build machine's.
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}/="]
-# What lets the compiler vectorise: no errno, no trapping comparisons, multiply-add contraction. NaN and infinities keep their meaning.
+# What lets the compiler vectorise: no errno, no trapping comparisons, contraction. NaN and infinities keep their meaning.
 VECTOR = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 
 
@@ -51,7 +51,8 @@ def compile_kernels(build: Path) -> list[str]:
         op, isa = job
         target = build / f"{op}.{isa}.o"
         if not target.exists() or target.stat().st_mtime < max(newest, Path(__file__).stat().st_mtime):
-            command = [*compiler, *COMMON, *VECTOR, *INSTRUCTION_SETS[isa], f"-DMK_ISA={isa}", "-c", f"csrc/cpu/{op}.cpp", "-o", str(target)]
+            command = [*compiler, *COMMON, *VECTOR, *INSTRUCTION_SETS[isa], f"-DMK_ISA={isa}", "-c", f"csrc/cpu/{op}.cpp",
+                       "-o", str(target)]
             print(" ".join(command), flush=True)
             subprocess.run(command, check=True, cwd=ROOT)
         return str(target)

@@ -1,7 +1,7 @@
 """Inputs, memory layouts and error bounds shared by the op tests.
 
-A bound is a float64 tensor: the error allowed at each element. It is built from eps of the output's dtype for the final rounding and
-eps of the accumulation dtype for the arithmetic before it, times the magnitudes that the formula adds up.
+A bound is a float64 tensor: the error allowed at each element. It is built from eps of the output's dtype for the final rounding
+and eps of the accumulation dtype for the arithmetic before it, times the magnitudes that the formula adds up.
 """
 
 from __future__ import annotations
@@ -81,5 +81,6 @@ def assert_within(actual: torch.Tensor, expected: torch.Tensor, bound: torch.Ten
     assert torch.equal(a.isnan(), e.isnan()), f"{what}: NaN at other positions than expected"
     excess = ((a - e).abs() - bound).nan_to_num(0.0)
     worst = int(excess.argmax())
-    assert excess.max() <= 0, (f"{what}: {a.reshape(-1)[worst].item()} at flat index {worst}, expected {e.reshape(-1)[worst].item()}, "
-                               f"beyond the bound by {excess.max().item():.3g}")
+    seen, wanted = a.reshape(-1)[worst].item(), e.reshape(-1)[worst].item()
+    assert excess.max() <= 0, (f"{what}: {seen} at flat index {worst}, expected {wanted}, beyond the bound by "
+                               f"{excess.max().item():.3g}")

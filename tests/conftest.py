@@ -12,9 +12,9 @@ INSTRUCTION_SETS = ["baseline", "avx2", "avx512"]
 
 def pytest_addoption(parser):
     parser.addoption("--checkpoints", default=None, metavar="DIR",
-                     help="directory of Megatron checkpoints with their true tensors and logits (CONTRIBUTING.md says how it is laid out)")
+                     help="directory of Megatron checkpoints with their true tensors and logits, laid out as in CONTRIBUTING.md")
     parser.addoption("--wheel-python", action="append", default=[], metavar="PYTHON",
-                     help="interpreter with torch installed, in which the wheel is tried too; repeatable")
+                     help="interpreter with torch in which the wheel is tried too; repeatable")
 
 
 def pytest_collection_modifyitems(config, items):

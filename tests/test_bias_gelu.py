@@ -48,7 +48,7 @@ def test_many_rows(implementation, poisoned):
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
 def test_left_tail_keeps_its_relative_accuracy(implementation, approximate):
     x = torch.linspace(-5, 0, 10001)[:-1]
-    y, exact = mk.bias_gelu(x, torch.zeros_like(x), approximate), reference.bias_gelu(x.double(), torch.zeros_like(x).double(), "none")
+    y = mk.bias_gelu(x, torch.zeros_like(x), approximate)
     if approximate == "tanh":
         u = math.sqrt(2 / math.pi) * (x.double() + 0.044715 * x.double() ** 3)
         exact = x.double() * torch.sigmoid(2 * u)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -120,14 +121,14 @@ def test_true_class_gradient_is_formed_in_float(implementation):
 
 
 def test_shards_combine_to_the_whole(implementation, poisoned):
-    """max, sum of exp and target term of uneven column shards give the loss; the backward of a shard is the shard of the gradient."""
+    """Statistics of uneven column shards give the loss; the backward of a shard is that shard of the gradient."""
     ops, options = torch.ops.megatron_kernels, (-100, 0.2)
     x, target = randn(9, 57, seed=1, dtype=torch.float64), targets((9,), 50, seed=2)
     loss, lse = ops.cross_entropy_forward(x, target, 50, *options, 0.01)
     dlogits = ops.cross_entropy_backward(torch.ones_like(loss), x, target, lse, 0, 50, *options, 0.01)
     starts = [0, 13, 30, 52, 57]
     parts, grads = [], []
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in itertools.pairwise(starts):
         shard = x[:, start:end]
         parts.append(ops.cross_entropy_partial(shard, target, start, 50, *options))
         grads.append(ops.cross_entropy_backward(torch.ones_like(loss), shard, target, lse, start, 50, *options, 0.01))

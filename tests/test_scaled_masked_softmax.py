@@ -31,7 +31,8 @@ def check(x, mask=None, scale=0.3, causal=False, dy=None):
     assert (y[masked] == 0).all(), "y: not exactly 0 at a masked position"
 
     spread = dy.double().abs() + (q * dy.double().abs()).sum(-1, keepdim=True)
-    bound = abs(scale) * ((q * 6 * eps(x.dtype) + bound) * spread + q * (bound * dy.double().abs()).sum(-1, keepdim=True)) + tiny
+    carried = q * (bound * dy.double().abs()).sum(-1, keepdim=True)
+    bound = abs(scale) * ((q * 6 * eps(x.dtype) + bound) * spread + carried) + tiny
     assert_within(x.grad, z.grad, bound + tiny * spread, "dx", x.dtype)
 
 
