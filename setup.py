@@ -22,15 +22,11 @@ except ImportError:
 
 ROOT = Path(__file__).resolve().parent
 OPS = ["scaled_masked_softmax", "bias_gelu", "layer_norm", "cross_entropy"]
-INSTRUCTION_SETS = {"baseline": []}
-if platform.machine() in ("x86_64", "AMD64"):
-    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mbmi2"]
-    INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mbmi2",
-                                  "-mprefer-vector-width=512"]
+FLAGS = {name: flags for name, *flags in (line.split() for line in (ROOT / "csrc/cpu/flags.txt").read_text().splitlines()
+                                          if line[:1].isalpha())}
+INSTRUCTION_SETS = ["baseline", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
 # Error texts and debug information name files by their path in the source tree, not by the build machine's.
-COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}/="]
-# What lets the compiler vectorise: no errno, no trapping comparisons, contraction. NaN and infinities keep their meaning.
-VECTOR = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+COMMON = [*FLAGS["common"], f"-ffile-prefix-map={ROOT}/="]
 
 
 class Build(BuildExtension):
@@ -51,7 +47,7 @@ def compile_kernels(build: Path) -> list[str]:
         op, isa = job
         target = build / f"{op}.{isa}.o"
         if not target.exists() or target.stat().st_mtime < max(newest, Path(__file__).stat().st_mtime):
-            command = [*compiler, *COMMON, *VECTOR, *INSTRUCTION_SETS[isa], f"-DMK_ISA={isa}", "-c", f"csrc/cpu/{op}.cpp",
+            command = [*compiler, *COMMON, *FLAGS["kernels"], *FLAGS[isa], f"-DMK_ISA={isa}", "-c", f"csrc/cpu/{op}.cpp",
                        "-o", str(target)]
             print(" ".join(command), flush=True)
             subprocess.run(command, check=True, cwd=ROOT)
