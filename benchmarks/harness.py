@@ -16,10 +16,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+import megatron_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,8 +31,11 @@ REUSING_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESH
 
 @dataclass(frozen=True)
 class Contestant:
+    """What is timed; `warm` runs it once right before, so that it finds its data in the caches."""
+
     name: str
     step: Callable[[], object]
+    warm: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,8 @@ def interleave(contestants: Sequence[Contestant], *, seconds: float, min_rounds:
         while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() - start < seconds):
             draw.shuffle(order)
             for contestant in order:
+                if contestant.warm:
+                    contestant.step()
                 samples[contestant.name].append(clock(contestant.step))
             rounds += 1
     return {name: Timing.of(milliseconds) for name, milliseconds in samples.items()}
@@ -142,20 +148,13 @@ def environment() -> Environment:
         device=cpu_model(),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
-        megatron_kernels=_package_version(),
+        megatron_kernels=megatron_kernels.__version__,
         commit=commit(),
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         instruction_set=torch.backends.cpu.get_cpu_capability(),
         huge_pages=_huge_pages(),
     )
-
-
-def _package_version() -> str:
-    try:
-        return version("megatron-kernels")
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _huge_pages() -> str:

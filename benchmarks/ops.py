@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -36,12 +37,13 @@ class Case:
     """One op at one shape: what is computed, by whom, and the bytes it moves.
 
     Every function takes the tensors that `inputs(shape, dtype)` makes, and returns one tensor. Gradients are asked for every
-    floating input. elements counts the tensor that dominates the traffic, forward and both are reads and writes of it.
+    floating input. forward and both count the reads and writes of the one large tensor.
     """
 
     op: str
     title: str
     shape: tuple[int, ...]
+    piece: tuple[int, ...]  # the same rows, but so few that everything stays in cache
     inputs: Callable[[tuple[int, ...], torch.dtype, str], tuple[Tensor, ...]]
     ours: Callable[..., Tensor]
     reference: Callable[..., Tensor]
@@ -52,12 +54,8 @@ class Case:
     rounds_output: bool = False  # the backward starts from the output as it was rounded
     small_beside_large: bool = False  # elements far below the largest of their tensor matter
 
-    @property
-    def elements(self) -> int:
-        return int(torch.Size(self.shape).numel())
-
     def nbytes(self, dtype: torch.dtype, mode: str) -> float:
-        return self.elements * dtype.itemsize * (self.forward if mode == "forward" else self.both)
+        return math.prod(self.shape) * dtype.itemsize * (self.forward if mode == "forward" else self.both)
 
 
 def _normal(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -92,20 +90,20 @@ def _cross_entropy_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: st
 
 
 CASES = (
-    Case("scaled_masked_softmax", "causal softmax", (2, 16, 1024, 1024), _softmax_inputs,
+    Case("scaled_masked_softmax", "causal softmax", (2, 16, 1024, 1024), (1, 1, 1024, 1024), _softmax_inputs,
          ours=lambda x, future: mk.scaled_masked_softmax(x, causal=True),
          reference=lambda x, future: mk.reference.scaled_masked_softmax(x, causal=True),
          eager=_eager_causal_softmax, variants={"compile, mask from indices": _traced_causal_softmax},
          forward=1.5, both=3.5, rounds_output=True),
-    Case("bias_gelu", "bias-GeLU", (2048, 4096), _bias_gelu_inputs,
+    Case("bias_gelu", "bias-GeLU", (2048, 4096), (256, 4096), _bias_gelu_inputs,
          ours=lambda x, bias: mk.bias_gelu(x, bias),
          reference=lambda x, bias: mk.reference.bias_gelu(x, bias),
          eager=lambda x, bias: F.gelu(x + bias, approximate="tanh"), forward=2, both=5),
-    Case("layer_norm", "layer norm", (4096, 1024), _layer_norm_inputs,
+    Case("layer_norm", "layer norm", (4096, 1024), (1024, 1024), _layer_norm_inputs,
          ours=lambda x, weight, bias: mk.layer_norm(x, weight, bias),
          reference=lambda x, weight, bias: mk.reference.layer_norm(x, weight, bias),
          eager=lambda x, weight, bias: F.layer_norm(x, x.shape[-1:], weight, bias), forward=2, both=5),
-    Case("cross_entropy", "cross-entropy", (512, 50304), _cross_entropy_inputs,
+    Case("cross_entropy", "cross-entropy", (512, 50304), (16, 50304), _cross_entropy_inputs,
          ours=lambda logits, target: mk.cross_entropy(logits, target),
          reference=lambda logits, target: mk.reference.cross_entropy(logits, target),
          eager=lambda logits, target: F.cross_entropy(logits, target), forward=1, both=3, small_beside_large=True),
@@ -159,7 +157,17 @@ def mismatch(case: Case, function: Callable[..., Tensor], inputs: tuple[Tensor, 
     return ""
 
 
-def contestants(case: Case, inputs: tuple[Tensor, ...], gradient: Tensor | None, peers: tuple[str, ...]) -> list[Contestant]:
+def prepare(case: Case, shape: tuple[int, ...], dtype: torch.dtype, mode: str,
+            device: str) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Inputs of that shape, asking for gradients where mode is "both", and then the incoming gradient."""
+    torch.manual_seed(0)
+    inputs = with_gradients(case.inputs(shape, dtype, device), mode)
+    return inputs, incoming_gradient(case, inputs, mode)
+
+
+def contestants(case: Case, dtype: torch.dtype, mode: str, device: str, peers: tuple[str, ...]) -> list[Contestant]:
+    inputs, gradient = prepare(case, case.shape, dtype, mode, device)
+    piece, piece_gradient = prepare(case, case.piece, dtype, mode, device)
     torch.compiler.reset()
     functions = {"ours": case.ours, "eager": case.eager}
     if "compile" in peers:
@@ -168,28 +176,25 @@ def contestants(case: Case, inputs: tuple[Tensor, ...], gradient: Tensor | None,
         peers = (*peers, *case.variants)
     wanted = ("ours", *peers)
     x = inputs[0].detach()
-    return [Contestant("clone", x.clone),
+    return [Contestant("clone", x.clone), Contestant("piece", lambda: results(case.ours, piece, piece_gradient), warm=True),
             *(Contestant(name, lambda f=functions[name]: results(f, inputs, gradient)) for name in wanted)]
 
 
 def check(case: Case, dtype: torch.dtype, args: argparse.Namespace) -> str:
     """What is wrong with our op at this shape and dtype, forward and backward; empty when nothing is."""
-    torch.manual_seed(0)
-    inputs = with_gradients(case.inputs(case.shape, dtype, args.device), "both")
+    inputs, gradient = prepare(case, case.shape, dtype, "both", args.device)
     with mk.use(args.implementation):
-        return mismatch(case, case.ours, inputs, incoming_gradient(case, inputs, "both"))
+        return mismatch(case, case.ours, inputs, gradient)
 
 
 def measure(case: Case, dtype: torch.dtype, mode: str, args: argparse.Namespace) -> dict[str, harness.Timing]:
-    """The timings of the floor, of ours and of the peers."""
-    torch.manual_seed(0)
-    inputs = with_gradients(case.inputs(case.shape, dtype, args.device), mode)
-    gradient = incoming_gradient(case, inputs, mode)
+    """The timings of the floor, of ours without and with memory in its way, and of the peers."""
     with mk.use(args.implementation):
-        timings = harness.interleave(contestants(case, inputs, gradient, args.peers), seconds=args.seconds,
+        timings = harness.interleave(contestants(case, dtype, mode, args.device, args.peers), seconds=args.seconds,
                                      min_rounds=args.rounds, clock=harness.CLOCKS[args.device])
-    scale = case.nbytes(dtype, mode) / (2 * inputs[0].nbytes)  # a clone reads and writes every byte
-    return {"floor": timings.pop("clone").times(scale), **timings}
+    clone_bytes = 2 * math.prod(case.shape) * dtype.itemsize  # read and written
+    return {"floor": timings.pop("clone").times(case.nbytes(dtype, mode) / clone_bytes),
+            "in cache": timings.pop("piece").times(math.prod(case.shape) / math.prod(case.piece)), **timings}
 
 
 @contextmanager

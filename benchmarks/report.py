@@ -26,7 +26,7 @@ BEGIN, END = "<!-- results: written by python -m benchmarks.ops --readme -->", "
 
 @dataclass(frozen=True)
 class Row:
-    """One op at one dtype, forward or both; `timings` has floor, ours and the peers, or `failure` says why it has nothing."""
+    """One op at one dtype, forward or both: `timings` of floor, in cache, ours and the peers, or a `failure` instead."""
 
     op: str
     title: str
@@ -59,7 +59,7 @@ class Row:
     @property
     def variants(self) -> list[str]:
         """Further ways to write the op for a peer: reported, but not what the lead is taken over."""
-        return [name for name in self.timings if name not in ("floor", "ours", *PEERS)]
+        return [name for name in self.timings if name not in ("floor", "in cache", "ours", *PEERS)]
 
     def speedup(self, peer: str) -> float:
         return self.timings[peer].median / self.timings["ours"].median
@@ -108,7 +108,7 @@ class Results:
 def console(stderr: bool = False) -> Console:
     """A console that keeps the table whole where the output is no terminal."""
     console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=150)
+    return console if console.is_terminal else Console(stderr=stderr, width=160)
 
 
 def against(value: float | None, limit: float | None, at_most: bool) -> str:
@@ -124,16 +124,16 @@ def against(value: float | None, limit: float | None, at_most: bool) -> str:
 def cells(row: Row, peers: list[str]) -> list[str]:
     """What a table shows of a row: milliseconds, GB/s, times the floor, times faster than each peer and than the better one."""
     if row.failure:
-        return [f"{row.dtype} {row.mode}", "wrong", *[""] * (5 + 2 * len(peers))]
+        return [f"{row.dtype} {row.mode}", "wrong", *[""] * (6 + 2 * len(peers))]
     ours = row.timings["ours"]
     return [f"{row.dtype} {row.mode}", f"{ours.median:.2f}", f"{ours.p20:.2f}-{ours.p80:.2f}",
-            f"{row.timings['floor'].median:.2f}", *(f"{row.timings[peer].median:.2f}" for peer in peers),
+            *(f"{row.timings[name].median:.2f}" for name in ("floor", "in cache", *peers)),
             f"{row.gigabytes_per_second('ours'):.1f}", against(row.times_floor, row.floor_limit, at_most=True),
             *(f"{row.speedup(peer):.2f}" for peer in peers), against(row.lead_over_best, row.lead, at_most=False)]
 
 
 def header(peers: list[str]) -> list[str]:
-    return ["", "ours", "p20-p80", "floor", *peers, "GB/s", "x floor",
+    return ["", "ours", "p20-p80", "floor", "in cache", *peers, "GB/s", "x floor",
             *(f"x {peer}" for peer in peers), "x better"]
 
 

@@ -15,7 +15,7 @@ from benchmarks import harness, ops, report
 from benchmarks.harness import Contestant, Timing, interleave, quantile
 
 SMALL = {"scaled_masked_softmax": (2, 3, 17, 17), "bias_gelu": (33, 40), "layer_norm": (32, 48), "cross_entropy": (12, 301)}
-CASES = [replace(case, shape=SMALL[case.op]) for case in ops.CASES]
+CASES = [replace(case, shape=SMALL[case.op], piece=SMALL[case.op]) for case in ops.CASES]
 by_op = pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
 
 
@@ -60,6 +60,14 @@ def test_time_and_rounds_bound_a_measurement():
     nothing = Contestant("a", lambda: None)
     timings = interleave([nothing], seconds=60, min_rounds=2, max_rounds=5, clock=lambda step: next(ticks))
     assert timings["a"] == Timing(2.0, 0.8, 3.2, 5)
+
+
+def test_warm_contestant_runs_right_before_it_is_timed():
+    calls: list[str] = []
+    cold, warm = (Contestant(name, lambda name=name: calls.append(name), warm=name == "warm") for name in ("cold", "warm"))
+    timings = interleave([cold, warm], seconds=0, min_rounds=4, warmup=0)
+    assert calls.count("cold") == 4 and calls.count("warm") == 8 and timings["warm"].samples == 4
+    assert "warm,warm" in ",".join(calls)
 
 
 def test_allocator_environment():
@@ -133,11 +141,12 @@ def test_table_csv_and_json(small, tmp_path, capsys):
     results = report.Results.from_json(json.loads((tmp_path / "r.json").read_text()))
     assert [(row.op, row.dtype, row.mode) for row in results.rows] == \
         [(case.op, dtype, mode) for case in CASES for dtype in ("fp32", "bf16") for mode in ("forward", "both")]
-    assert all(set(row.timings) == {"floor", "ours", "eager"} and row.timings["ours"].samples == 3 for row in results.rows)
+    assert all(set(row.timings) == {"floor", "in cache", "ours", "eager"} for row in results.rows)
+    assert all(timing.samples == 3 for row in results.rows for timing in row.timings.values())
     assert results.as_json() == json.loads((tmp_path / "r.json").read_text())
     with (tmp_path / "r.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == 3 * len(results.rows)
+    assert len(lines) == 4 * len(results.rows)
     first = results.rows[0].timings["ours"]
     line = next(line for line in lines if line["contestant"] == "ours")
     assert float(line["median_ms"]) == pytest.approx(first.median, rel=1e-3) and line["torch"] == torch.__version__
@@ -159,8 +168,8 @@ def test_unknown_implementation(small, capsys):
 
 def test_limits():
     row = report.Row("bias_gelu", "bias-GeLU", [8, 8], "bf16", "both", 640.0, "reusing",
-                     {"floor": Timing(1, 1, 1, 3), "ours": Timing(2, 2, 2, 3), "eager": Timing(7, 7, 7, 3),
-                      "compile": Timing(5, 5, 5, 3), "another way": Timing(1, 1, 1, 3)})
+                     {name: Timing(ms, ms, ms, 3) for name, ms in
+                      {"floor": 1, "in cache": 1, "ours": 2, "eager": 7, "compile": 5, "another way": 1}.items()})
     assert (row.times_floor, row.floor_limit, row.lead_over_best, row.lead) == (2.0, 2.5, 2.5, 3.0)
     assert report.against(row.times_floor, row.floor_limit, at_most=True) == "2.00 ≤2.5 ✓"
     assert report.against(row.lead_over_best, row.lead, at_most=False) == "2.50 ≥3 ✗"
