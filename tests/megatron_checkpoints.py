@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+
 @dataclass(frozen=True)
 class Model:
     """Sizes of a small GPT-2, with odd ratios so that swapped dimensions don't cancel."""
@@ -168,8 +169,9 @@ def chunk(tensors: dict[str, torch.Tensor], form: Form, model: Model, t: int, p:
 
 def namespace(form: Form, model: Model, t: int, p: int) -> argparse.Namespace:
     values: dict[str, Any] = {
-        "num_layers": model.layers, "hidden_size": model.hidden, "num_attention_heads": model.heads, "ffn_hidden_size": model.ffn,
-        "kv_channels": model.head_dim, "max_position_embeddings": model.positions, "padded_vocab_size": model.vocab,
+        "num_layers": model.layers, "hidden_size": model.hidden, "num_attention_heads": model.heads,
+        "ffn_hidden_size": model.ffn, "kv_channels": model.head_dim, "max_position_embeddings": model.positions,
+        "padded_vocab_size": model.vocab,
         "layernorm_epsilon": 1e-5, "bias_gelu_fusion": True, "openai_gelu": False, "hidden_dropout": 0.1,
         "attention_dropout": 0.1, "rank": p * form.tp + t, "params_dtype": model.dtype,
         "apply_residual_connection_post_layernorm": False, "tokenizer_type": "GPT2BPETokenizer"}

@@ -172,7 +172,8 @@ class TestConfiguration:
         flat = {f"layers.{i}.{name}": zeros(*shape) for i in range(24) for name, shape in layer.items()}
         flat |= {"final_layernorm.weight": zeros(h), "final_layernorm.bias": zeros(h)}
         embedding = {"word_embeddings": {"weight": zeros(50304, h)}, "position_embeddings": {"weight": zeros(1024, h)}}
-        torch.save({"model": {"language_model": {"embedding": embedding, "transformer": flat}}}, tmp_path / "model_optim_rng.pt")
+        language = {"embedding": embedding, "transformer": flat}
+        torch.save({"model": {"language_model": language}}, tmp_path / "model_optim_rng.pt")
         config = checkpoint.load(tmp_path).config
         assert (config.num_layers, config.num_attention_heads) == (24, 16)
         assert (config.vocab_size, config.padded_vocab_size) == (50257, 50304)
