@@ -19,7 +19,7 @@ PIP := $(PY) -m pip install -qq
 SAY := @printf '\n==> %s\n'
 STAMP := $(VENV)/.megatron_kernels
 TEST_STAMP := $(VENV)/.megatron_kernels-test
-SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) setup.py pyproject.toml
+SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.txt) setup.py pyproject.toml
 
 .PHONY: help install demo test test-slow lint bench clean
 help:
