@@ -105,9 +105,7 @@ def convert(
         raise ValueError("--tensor-parallel and --pipeline-parallel need --to megatron")
     files = _tokenizer(tokenizer, vocab_file, merges_file)
     start = time.perf_counter()
-    model = checkpoints.load(source, config)
-    for note in model.notes:
-        _say(f"note: {note}")
+    model = _open(source, config)
     common: dict[str, Any] = {"dtype": _torch_dtype(dtype), "tokenizer": files, "force": force, "track": _track("writing")}
     if to is Format.huggingface:
         checkpoints.save_huggingface(model, destination, max_shard_size=shard_bytes, **common)
@@ -140,13 +138,11 @@ def generate(
     """
     import torch
 
-    from .checkpoint import Tokenizer, load
+    from .checkpoint import Tokenizer
     from .models import GPT2
 
     files = _tokenizer(tokenizer, vocab_file, merges_file) or Tokenizer(directory=model if model.is_dir() else model.parent)
-    checkpoint = load(model, config)
-    for note in checkpoint.notes:
-        _say(f"note: {note}")
+    checkpoint = _open(model, config)
     files.check(checkpoint.config.padded_vocab_size or checkpoint.config.vocab_size)
     words = files.load()
     ids = words.encode(prompt).ids
@@ -169,6 +165,21 @@ def demo() -> None:
     from .demo import main as run
 
     run()
+
+
+def _open(path: Path, config: Path | None) -> Checkpoint:
+    """Load a checkpoint, with a spinner on a terminal (archives take a while to unpack), and say what the user should know."""
+    from .checkpoint import load
+
+    with contextlib.ExitStack() as stack:
+        if sys.stderr.isatty():
+            from rich.console import Console
+
+            stack.enter_context(Console(stderr=True).status(f"reading {path}"))
+        checkpoint = load(path, config)
+    for note in checkpoint.notes:
+        _say(f"note: {note}")
+    return checkpoint
 
 
 def _tokenizer(directory: Path | None, vocab_file: Path | None, merges_file: Path | None) -> Tokenizer | None:
