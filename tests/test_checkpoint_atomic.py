@@ -94,6 +94,23 @@ def test_disk_full_at_every_size(tmp_path, source, save):
     assert same(checkpoint.load(tmp_path / "out"), source)
 
 
+@pytest.mark.parametrize("limit", [1000, 60_000])
+def test_no_room_to_unpack(tmp_path, limit, monkeypatch):
+    archive = write(tmp_path / "source", Form(1.0, "transformer", box="zip"), Model(layers=4, vocab=2048, dtype=torch.float32))
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"model_optim_rng.pt: cannot unpack into .*scratch/.*: File too large \(TMPDIR"):
+            checkpoint.load(archive)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "scratch").iterdir()) == []
+    assert checkpoint.load(archive).config.num_layers == 4
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
 def command_line(*arguments):
     return [sys.executable, "-m", "megatron_kernels.cli", *map(str, arguments)]
 

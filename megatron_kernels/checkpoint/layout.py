@@ -111,6 +111,7 @@ def _read_member(path: Path, name: str) -> Any:
         with os.fdopen(descriptor, "wb") as target, _archive(path) as archive, archive.open(name) as source:
             try:
                 shutil.copyfileobj(source, target, 1 << 20)
+                target.flush()
             except OSError as error:
                 raise CheckpointError(f"{path}!{name}: cannot unpack into {temporary}: {error.strerror or error} "
                                       "(TMPDIR chooses another place)") from None
