@@ -1,4 +1,5 @@
-// Formulas shared by every backend. `math::exp`, `math::erfcx` and MK_FN come from the backend's header, which includes this one.
+// Formulas shared by every backend. V is what a kernel computes on (a vector on the CPU, a float on a GPU), A its element type.
+// math::exp, math::erfcx, select and MK_FN come from the backend's header, which includes this one.
 #pragma once
 
 namespace mk {
@@ -13,14 +14,29 @@ struct GeluTanh {
   static constexpr A kCubic = A(0.044715);
   static constexpr A kFlat = sizeof(A) == sizeof(float) ? A(9.4) : A(20.5);
 
-  static MK_FN A at_least(A v) { return v < -kFlat ? -kFlat : v; }
-  static MK_FN A clamp(A v) { return v > kFlat ? kFlat : at_least(v); }
-  static MK_FN A exp_minus_2u(A v) { return math::exp(A(-2) * kAlpha * v * (A(1) + kCubic * v * v)); }
-  static MK_FN A value(A v) { return at_least(v) / (A(1) + exp_minus_2u(clamp(v))); }
-  static MK_FN A derivative(A v) {
+  template <class V>
+  static MK_FN V at_least(V v) {
+    V low = -kFlat - V{};
+    return select(v < low, low, v);
+  }
+  template <class V>
+  static MK_FN V clamp(V v) {
+    V high = kFlat - V{};
+    return select(v > high, high, at_least(v));
+  }
+  template <class V>
+  static MK_FN V exp_minus_2u(V v) {
+    return math::exp(v * (A(-2) * kAlpha + A(-2) * kAlpha * kCubic * (v * v)));
+  }
+  template <class V>
+  static MK_FN V value(V v) {
+    return at_least(v) / (A(1) + exp_minus_2u(clamp(v)));
+  }
+  template <class V>
+  static MK_FN V derivative(V v) {
     v = clamp(v);
-    A e = exp_minus_2u(v), s = A(1) / (A(1) + e);  // 1 - s = e * s without cancellation
-    return s + s * s * e * A(2) * kAlpha * v * (A(1) + A(3) * kCubic * v * v);
+    V e = exp_minus_2u(v), s = A(1) / (A(1) + e);  // 1 - s = e * s without cancellation
+    return s + s * s * e * v * (A(2) * kAlpha + A(6) * kAlpha * kCubic * (v * v));
   }
 };
 
@@ -30,14 +46,19 @@ struct GeluErf {
   static constexpr A kInvSqrt2 = A(0.70710678118654752440);
   static constexpr A kInvSqrt2Pi = A(0.39894228040143267794);
 
-  static MK_FN A cdf(A v, A gauss) {
-    A tail = A(0.5) * gauss * math::erfcx((v < A(0) ? -v : v) * kInvSqrt2);
-    return v < A(0) ? tail : A(1) - tail;
+  template <class V>
+  static MK_FN V cdf(V v, V gauss) {
+    V zero = V{}, tail = A(0.5) * gauss * math::erfcx(select(v < zero, -v, v) * kInvSqrt2);
+    return select(v < zero, tail, A(1) - tail);
   }
-  static MK_FN A value(A v) { return v * cdf(v, math::exp(A(-0.5) * v * v)); }
-  static MK_FN A derivative(A v) {
-    A gauss = math::exp(A(-0.5) * v * v);
-    return cdf(v, gauss) + v * kInvSqrt2Pi * gauss;
+  template <class V>
+  static MK_FN V value(V v) {
+    return v * cdf(v, math::exp(A(-0.5) * (v * v)));
+  }
+  template <class V>
+  static MK_FN V derivative(V v) {
+    V gauss = math::exp(A(-0.5) * (v * v));
+    return cdf(v, gauss) + v * gauss * kInvSqrt2Pi;
   }
 };
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -77,8 +79,8 @@ class CrossEntropyLoss(nn.Module):
     def __init__(self, *, vocab_size: int | None = None, ignore_index: int = -100, label_smoothing: float = 0.0,
                  z_loss: float = 0.0, reduction: str = "mean", inplace_backward: bool = False):
         super().__init__()
-        self.options = {"vocab_size": vocab_size, "ignore_index": ignore_index, "label_smoothing": label_smoothing,
-                        "z_loss": z_loss, "reduction": reduction, "inplace_backward": inplace_backward}
+        self.options: dict[str, Any] = {"vocab_size": vocab_size, "ignore_index": ignore_index, "label_smoothing": label_smoothing,
+                                        "z_loss": z_loss, "reduction": reduction, "inplace_backward": inplace_backward}
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         return ops.cross_entropy(logits, target, **self.options)

@@ -25,7 +25,7 @@ SOMEBODY_ELSES = {"TRITON_INTERPRET", "CXX"}  # conventions that we follow: Trit
 REFERENCE_IMPORTS = {"__future__", "collections.abc", "math", "torch", "typing"}
 # Compiled once, for the baseline, so it may use the C++ library. All else below csrc/cpu is compiled per instruction set.
 BASELINE_ONLY = {"csrc/cpu/isa.cpp"}
-C_HEADERS = {"stdint.h", "stddef.h"}  # types only, no inline code
+C_HEADERS = {"stdint.h", "stddef.h", "immintrin.h"}  # types, and intrinsics that are always inlined
 LINES = 450
 
 

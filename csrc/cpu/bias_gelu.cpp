@@ -2,7 +2,7 @@
 // dx up for the bias gradient while it is in a register.
 #include "../bias_gelu.h"
 
-#include "simd.h"
+#include "rows.h"
 
 namespace mk::cpu::MK_ISA {
 namespace {
@@ -11,12 +11,14 @@ template <class T, class Gelu>
 void forward(const BiasGeluForward& a, ParallelFor pf) {
   using A = acc_t<T>;
   A* bias = static_cast<A*>(a.workspace);
-  widen<A>(a.bias, a.bias_dtype, a.cols, A(0), bias);
+  widen_parameter<A>(a.bias, a.bias_dtype, a.cols, A(0), bias);
   parallel(pf, a.rows, a.cols, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const T* x = static_cast<const T*>(a.x) + row * a.cols;
       T* y = static_cast<T*>(a.y) + row * a.cols;
-      MK_SIMD for (int64_t j = 0; j < a.cols; ++j) y[j] = store<T>(Gelu::value(load(x[j]) + bias[j]));
+      for_each_packet<T>(0, a.cols, [&](int64_t j, auto width) {
+        store(y + j, Gelu::value(load(x + j, width) + load(bias + j, width)), width);
+      });
     }
   });
 }
@@ -26,7 +28,7 @@ void backward(const BiasGeluBackward& a, ParallelFor pf) {
   using A = acc_t<T>;
   A* bias = static_cast<A*>(a.workspace);
   A* partials = bias + a.cols;
-  widen<A>(a.bias, a.bias_dtype, a.cols, A(0), bias);
+  widen_parameter<A>(a.bias, a.bias_dtype, a.cols, A(0), bias);
   int64_t blocks = row_blocks(a.rows, a.cols);
   parallel(pf, blocks, a.rows / blocks * a.cols, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
@@ -36,11 +38,11 @@ void backward(const BiasGeluBackward& a, ParallelFor pf) {
         const T* dy = static_cast<const T*>(a.dy) + row * a.cols;
         const T* x = static_cast<const T*>(a.x) + row * a.cols;
         T* dx = static_cast<T*>(a.dx) + row * a.cols;
-        MK_SIMD for (int64_t j = 0; j < a.cols; ++j) {
-          A d = load(dy[j]) * Gelu::derivative(load(x[j]) + bias[j]);
-          dbias[j] += d;
-          dx[j] = store<T>(d);
-        }
+        for_each_packet<T>(0, a.cols, [&](int64_t j, auto width) {
+          auto d = load(dy + j, width) * Gelu::derivative(load(x + j, width) + load(bias + j, width));
+          store(dbias + j, load(dbias + j, width) + d, width);
+          store(dx + j, d, width);
+        });
       }
     }
   });

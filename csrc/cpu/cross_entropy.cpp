@@ -2,7 +2,7 @@
 // exponentials relative to it (T bytes per element). The backward reads and writes once (2T), from the saved log-sum-exp.
 #include "../cross_entropy.h"
 
-#include "simd.h"
+#include "rows.h"
 
 namespace mk::cpu::MK_ISA {
 namespace {
@@ -17,30 +17,25 @@ struct RowState {
 template <class T, bool kSum>
 RowState<acc_t<T>> scan(const T* x, int64_t cols) {
   using A = acc_t<T>;
+  using V = vec_t<A>;
   RowState<A> s;
   for (int64_t begin = 0; begin < cols; begin += kTile) {
-    const T* tile = x + begin;
-    int64_t n = min(kTile, cols - begin);
-    A top = s.top, exps = 0, sum = 0;
-    MK_SIMD_MAX(top) for (int64_t j = 0; j < n; ++j) {
-      A v = load(tile[j]);
-      top = v > top ? v : top;
-    }
-    if (top == -kInfinity<A>) {  // -inf - -inf would make NaN of a row that has finite logits further on; a NaN must stay
-      for (int64_t j = 0; j < n; ++j) {
-        A v = load(tile[j]);
-        if (v != v) s.exps = v;
-      }
-      if (kSum) s.sum = top;
-      continue;
-    }
-    MK_SIMD_SUM(exps, sum) for (int64_t j = 0; j < n; ++j) {
-      A v = load(tile[j]);
-      exps += math::exp(v - top);
-      if (kSum) sum += v;
-    }
-    s.exps = s.exps * math::exp(s.top - top) + exps;
-    s.sum += sum;
+    int64_t end = min(cols, begin + kTile);
+    V tops = broadcast(s.top), exps{}, sums{};
+    for_each_packet<T>(begin, end, [&](int64_t j, auto width) {
+      V v = keep(load(x + j, width), tops, width);
+      tops = select(v > tops, v, tops);
+    });
+    A top = max_lanes<A>(tops);
+    // Where all so far is -inf, any finite number serves as the maximum: exp gives 0 for each -inf, and NaN for a NaN.
+    A shift = top == -kInfinity<A> ? A(0) : top;
+    for_each_packet<T>(begin, end, [&](int64_t j, auto width) {
+      V v = load(x + j, width);
+      exps += keep(math::exp(v - shift), V{}, width);
+      if (kSum) sums += v;
+    });
+    s.exps = s.exps * math::exp_one<A>(s.top - shift) + sum_lanes<A>(exps);
+    s.sum += sum_lanes<A>(sums);
     s.top = top;
   }
   return s;
@@ -82,13 +77,13 @@ void forward(const CrossEntropyForward& a, ParallelFor pf) {
         A* out = static_cast<A*>(a.partial) + row * 3;
         out[0] = s.top;
         out[1] = s.exps;
-        out[2] = (here ? (A(1) - alpha) * load(x[column]) : A(0)) + alpha / A(a.vocab_size) * s.sum;
+        out[2] = (here ? (A(1) - alpha) * load_one(x + column) : A(0)) + alpha / A(a.vocab_size) * s.sum;
         if (bad) out[2] = kNaN<A>;
         continue;
       }
       A log_exps = math::log(s.exps), lse = s.top + log_exps, loss = 0;
       if (here) {  // differences from the maximum, so that large logits don't cancel
-        loss = log_exps - (A(1) - alpha) * (load(x[column]) - s.top) + A(a.z_loss) * lse * lse;
+        loss = log_exps - (A(1) - alpha) * (load_one(x + column) - s.top) + A(a.z_loss) * lse * lse;
         if (alpha != 0) loss -= alpha * (s.sum / A(a.vocab_size) - s.top);
       }
       static_cast<A*>(a.loss)[row] = bad ? kNaN<A> : loss;
@@ -116,9 +111,11 @@ void backward(const CrossEntropyBackward& a, ParallelFor pf) {
       A factor = dloss * (A(1) + A(2) * A(a.z_loss) * lse), uniform = dloss * alpha / A(a.vocab_size);
       bool here = column >= 0 && column < cols;
       // p - 1 formed in float: in 16 bits it would cancel where p is close to 1.
-      A true_class = here ? factor * math::exp(load(x[column]) - lse) - uniform - dloss * (A(1) - alpha) : A(0);
-      MK_SIMD for (int64_t j = 0; j < cols; ++j) dx[j] = store<T>(factor * math::exp(load(x[j]) - lse) - uniform);
-      if (here) dx[column] = store<T>(true_class);
+      A true_class = here ? factor * math::exp_one<A>(load_one(x + column) - lse) - uniform - dloss * (A(1) - alpha) : A(0);
+      for_each_packet<T>(0, cols, [&](int64_t j, auto width) {
+        store(dx + j, factor * math::exp(load(x + j, width) - lse) - uniform, width);
+      });
+      if (here) store_one(dx + column, true_class);
       clear(dx + cols, a.cols - cols);
     }
   });

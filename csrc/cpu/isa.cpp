@@ -10,6 +10,7 @@
 
 #if defined(__x86_64__)
 #define MK_X86 1
+#include <cpuid.h>
 #else
 #define MK_X86 0
 #endif
@@ -22,14 +23,21 @@ struct Isa {
   bool present;
 };
 
+#if MK_X86
+bool f16c() {  // __builtin_cpu_supports does not know it in GCC before 13
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 const Isa* table() {
 #if MK_X86
   __builtin_cpu_init();
   static const Isa isas[] = {
       {"baseline", true},
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && f16c()},
       {"avx512", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")}};
+                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && f16c()}};
 #else
   static const Isa isas[] = {{"baseline", true}, {"avx2", false}, {"avx512", false}};
 #endif

@@ -2,7 +2,7 @@
 // bytes per element forward and 3T backward; the backward adds up dweight and dbias on its way over the rows.
 #include "../layer_norm.h"
 
-#include "simd.h"
+#include "rows.h"
 
 namespace mk::cpu::MK_ISA {
 namespace {
@@ -10,21 +10,25 @@ namespace {
 template <class T>
 void forward(const LayerNormForward& a, ParallelFor pf) {
   using A = acc_t<T>;
+  using V = vec_t<A>;
   A* weight = static_cast<A*>(a.workspace);
   A* bias = weight + a.cols;
-  widen<A>(a.weight, a.weight_dtype, a.cols, A(1), weight);
-  widen<A>(a.bias, a.bias_dtype, a.cols, A(0), bias);
+  widen_parameter<A>(a.weight, a.weight_dtype, a.cols, A(1), weight);
+  widen_parameter<A>(a.bias, a.bias_dtype, a.cols, A(0), bias);
   parallel(pf, a.rows, a.cols, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const T* x = static_cast<const T*>(a.x) + row * a.cols;
       T* y = static_cast<T*>(a.y) + row * a.cols;
-      A mean = sum_of<A>(a.cols, [&](int64_t j) { return load(x[j]); }) / A(a.cols);
-      A squares = sum_of<A>(a.cols, [&](int64_t j) {
-        A d = load(x[j]) - mean;
+      A mean = sum_of<T>(a.cols, [&](int64_t j, auto width) { return load(x + j, width); }) / A(a.cols);
+      A squares = sum_of<T>(a.cols, [&](int64_t j, auto width) {
+        V d = keep(load(x + j, width) - mean, V{}, width);
         return d * d;
       });
       A rstd = math::rsqrt(squares / A(a.cols) + A(a.eps));
-      MK_SIMD for (int64_t j = 0; j < a.cols; ++j) y[j] = store<T>((load(x[j]) - mean) * rstd * weight[j] + bias[j]);
+      for_each_packet<T>(0, a.cols, [&](int64_t j, auto width) {
+        V xhat = (load(x + j, width) - mean) * rstd;
+        store(y + j, xhat * load(weight + j, width) + load(bias + j, width), width);
+      });
       static_cast<A*>(a.mean)[row] = mean;
       static_cast<A*>(a.rstd)[row] = rstd;
     }
@@ -35,9 +39,10 @@ void forward(const LayerNormForward& a, ParallelFor pf) {
 template <class T>
 void backward(const LayerNormBackward& a, ParallelFor pf) {
   using A = acc_t<T>;
+  using V = vec_t<A>;
   A* weight = static_cast<A*>(a.workspace);
   A* partials = weight + a.cols;
-  widen<A>(a.weight, a.weight_dtype, a.cols, A(1), weight);
+  widen_parameter<A>(a.weight, a.weight_dtype, a.cols, A(1), weight);
   int64_t blocks = row_blocks(a.rows, a.cols);
   parallel(pf, blocks, a.rows / blocks * a.cols, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
@@ -49,20 +54,19 @@ void backward(const LayerNormBackward& a, ParallelFor pf) {
         const T* x = static_cast<const T*>(a.x) + row * a.cols;
         T* dx = static_cast<T*>(a.dx) + row * a.cols;
         A mean = static_cast<const A*>(a.mean)[row], rstd = static_cast<const A*>(a.rstd)[row];
-        A sum = 0, dot = 0;
-        MK_SIMD_SUM(sum, dot) for (int64_t j = 0; j < a.cols; ++j) {
-          A d = load(dy[j]), xhat = (load(x[j]) - mean) * rstd;
-          dweight[j] += d * xhat;
-          dbias[j] += d;
-          sum += d * weight[j];
-          dot += d * weight[j] * xhat;
-        }
-        sum /= A(a.cols);
-        dot /= A(a.cols);
-        MK_SIMD for (int64_t j = 0; j < a.cols; ++j) {
-          A xhat = (load(x[j]) - mean) * rstd;
-          dx[j] = store<T>(rstd * (load(dy[j]) * weight[j] - sum - xhat * dot));
-        }
+        V sums{}, dots{};
+        for_each_packet<T>(0, a.cols, [&](int64_t j, auto width) {
+          V d = load(dy + j, width), xhat = (load(x + j, width) - mean) * rstd, g = d * load(weight + j, width);
+          store(dweight + j, load(dweight + j, width) + d * xhat, width);
+          store(dbias + j, load(dbias + j, width) + d, width);
+          sums += g;  // lanes beyond the row are 0 because dy is
+          dots += g * xhat;
+        });
+        A sum = sum_lanes<A>(sums) / A(a.cols), dot = sum_lanes<A>(dots) / A(a.cols);
+        for_each_packet<T>(0, a.cols, [&](int64_t j, auto width) {
+          V xhat = (load(x + j, width) - mean) * rstd, g = load(dy + j, width) * load(weight + j, width);
+          store(dx + j, rstd * (g - sum - xhat * dot), width);
+        });
       }
     }
   });

@@ -2,7 +2,7 @@
 // for the buffer computes exp twice instead. Moves 2T bytes per element forward and 3T backward; causal rows stop at the diagonal.
 #include "../scaled_masked_softmax.h"
 
-#include "simd.h"
+#include "rows.h"
 
 namespace mk::cpu::MK_ISA {
 namespace {
@@ -23,32 +23,40 @@ int64_t live_columns(bool causal, int64_t row, int64_t queries, int64_t cols) {
   return causal ? max<int64_t>(0, min(cols, row % queries + cols - queries + 1)) : cols;
 }
 
+// One row's first n columns. `mask` is read where kMasked.
 template <class T, bool kMasked>
 void forward_row(const T* x, const uint8_t* mask, T* y, int64_t n, acc_t<T> scale) {
   using A = acc_t<T>;
-  auto masked = [&](int64_t j) { return kMasked && mask[j]; };
-  if constexpr (kMasked) {
-    int live = 0;
-    MK_SIMD_SUM(live) for (int64_t j = 0; j < n; ++j) live += mask[j] == 0;
-    if (!live) return clear(y, n);
-  }
-  A top = -kInfinity<A>;
-  MK_SIMD_MAX(top) for (int64_t j = 0; j < n; ++j) {
-    A z = load(x[j]) * scale;
-    z = masked(j) ? -kInfinity<A> : z;
-    top = z > top ? z : top;
-  }
-  auto exponential = [&](int64_t j) {
-    A e = math::exp(load(x[j]) * scale - top);
-    return masked(j) ? A(0) : e;
+  using V = vec_t<A>;
+  // v where the position takes part, else `otherwise`.
+  auto live = [&](V v, V otherwise, int64_t j, auto width) {
+    if constexpr (kMasked) v = select(load_mask<A>(mask + j, width), otherwise, v);
+    return keep(v, otherwise, width);
   };
+  if constexpr (kMasked) {
+    int64_t count = 0;
+    for (int64_t j = 0; j < n; ++j) count += mask[j] == 0;
+    if (!count) return clear(y, n);
+  }
+  V tops = broadcast(-kInfinity<A>);
+  for_each_packet<T>(0, n, [&](int64_t j, auto width) {
+    V z = live(load(x + j, width) * scale, tops, j, width);
+    tops = select(z > tops, z, tops);
+  });
+  A top = max_lanes<A>(tops);
+
+  auto exponential = [&](int64_t j, auto width) { return live(math::exp(load(x + j, width) * scale - top), V{}, j, width); };
   if (n <= kBuffer) {
-    A e[kBuffer];
-    A inverse = A(1) / sum_of<A>(n, [&](int64_t j) { return e[j] = exponential(j); });
-    MK_SIMD for (int64_t j = 0; j < n; ++j) y[j] = store<T>(masked(j) ? A(0) : e[j] * inverse);
+    alignas(kVectorBytes) A e[kBuffer + kLanes<T>];  // whole packets, also at the tail
+    A inverse = A(1) / sum_of<T>(n, [&](int64_t j, auto width) {
+                  V v = exponential(j, width);
+                  store(e + j, v, Whole{});
+                  return v;
+                });
+    for_each_packet<T>(0, n, [&](int64_t j, auto width) { store(y + j, live(load(e + j, Whole{}) * inverse, V{}, j, width), width); });
   } else {
-    A inverse = A(1) / sum_of<A>(n, exponential);
-    MK_SIMD for (int64_t j = 0; j < n; ++j) y[j] = store<T>(masked(j) ? A(0) : exponential(j) * inverse);
+    A inverse = A(1) / sum_of<T>(n, exponential);
+    for_each_packet<T>(0, n, [&](int64_t j, auto width) { store(y + j, live(exponential(j, width) * inverse, V{}, j, width), width); });
   }
 }
 
@@ -83,8 +91,10 @@ void backward(const SoftmaxBackward& a, ParallelFor pf) {
       const T* y = static_cast<const T*>(a.y) + row * a.cols;
       T* dx = static_cast<T*>(a.dx) + row * a.cols;
       int64_t n = live_columns(a.causal, row, a.queries, a.cols);
-      A scale = A(a.scale), dot = sum_of<A>(n, [&](int64_t j) { return load(y[j]) * load(dy[j]); });
-      MK_SIMD for (int64_t j = 0; j < n; ++j) dx[j] = store<T>(scale * load(y[j]) * (load(dy[j]) - dot));
+      A scale = A(a.scale), dot = sum_of<T>(n, [&](int64_t j, auto width) { return load(y + j, width) * load(dy + j, width); });
+      for_each_packet<T>(0, n, [&](int64_t j, auto width) {
+        store(dx + j, scale * load(y + j, width) * (load(dy + j, width) - dot), width);
+      });
       clear(dx + n, a.cols - n);
     }
   });
