@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_gpt2 import KINDS, SMALL, huggingface, make, tokens
 
 from megatron_kernels.models import KVCache
-from tests.test_gpt2 import KINDS, SMALL, huggingface, make, tokens
 
 
 def argmax_loop(model, ids, n, keep=None):

@@ -346,3 +346,26 @@ def test_logits_to_keep():
 def test_bad_input_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         make()(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_and_loaded_is_the_same_model(tmp_path, dtype):
+    model, ids = make(dtype).eval(), tokens()
+    model.save_megatron(tmp_path / "megatron", tensor_parallel=2, pipeline_parallel=2)
+    model.save_huggingface(tmp_path / "huggingface")
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with torch.no_grad():
+        expected = model(ids)
+    for loaded in (GPT2.from_megatron(tmp_path / "megatron"), GPT2.from_huggingface(tmp_path / "huggingface")):
+        assert loaded.config.vocab_size == SMALL.vocab_size and not loaded.training
+        with torch.no_grad():
+            assert torch.equal(loaded(ids), expected)
+        loaded(ids, labels=ids).backward()
+        torch.optim.SGD(loaded.parameters(), lr=0.1).step()  # parameters can be written, and the files stay as they are
+        assert not torch.equal(loaded(ids), expected)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+    other = GPT2.from_huggingface(tmp_path / "huggingface", dtype=torch.float64, attention="sdpa", hidden_dropout=0.5)
+    assert {parameter.dtype for parameter in other.parameters()} == {torch.float64}
+    assert other.config.attention == "sdpa" and other.config.hidden_dropout == 0.5
+    limit = 1e-4 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(other(ids).float(), expected.float(), rtol=limit, atol=limit)
