@@ -35,7 +35,7 @@ _SKIPPED = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2t
 _EXPECTED = (SyntaxError, ValueError, UnicodeError, RecursionError)
 
 
-def main(out: str | Path | None = None, *, steps: int = 600, compiled: bool = True, console: Console | None = None) -> None:
+def main(out: str | Path | None = None, *, steps: int = 400, compiled: bool = True, console: Console | None = None) -> None:
     """Run the demo and print what happens.
 
     Args:
@@ -190,7 +190,7 @@ def compare_ops(compiled: bool, console: Console) -> None:
     """Print forward + backward of each op beside PyTorch eager and torch.compile, taking turns, medians."""
     console.rule("Fused ops, forward + backward, milliseconds")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # the compiler's remarks on machines without a GPU
-    table = Table("op", "shape", "", "ours", "eager", "compiled", "times faster", box=box.SIMPLE)
+    table = Table("op", "shape", "", "ours", "eager", "compiled", "speedup", box=box.SIMPLE)
     for column in table.columns:
         column.no_wrap, column.justify = True, "left" if column.header in ("op", "shape", "") else "right"
     problem = "" if compiled else "not asked for"
@@ -209,10 +209,10 @@ def compare_ops(compiled: bool, console: Console) -> None:
                     del contestants["compiled"]
             times = _medians(contestants)
             best = min(times[peer] for peer in times if peer != "ours")
-            shown = (f"{times[column]:.2f}" if column in times else "-" for column in ("ours", "eager", "compiled"))
+            shown = (f"{times[column]:.3g}" if column in times else "-" for column in ("ours", "eager", "compiled"))
             table.add_row(name, "x".join(map(str, shape)), short, *shown, f"{best / times['ours']:.1f}")
     console.print(table)
-    _say(console, f"Medians of turns on {torch.get_num_threads()} threads; \"times faster\" is against the better of the others."
+    _say(console, f"Medians of turns on {torch.get_num_threads()} threads; the speedup is over the better of the others."
                   + (f" torch.compile was not timed: {problem}." if problem else ""))
 
 
