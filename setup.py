@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent
 OPS = ["scaled_masked_softmax", "bias_gelu", "layer_norm", "cross_entropy"]
 FLAGS = {name: flags for name, *flags in (line.split() for line in (ROOT / "csrc/cpu/flags.txt").read_text().splitlines()
                                           if line[:1].isalpha())}
-INSTRUCTION_SETS = ["baseline", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
+INSTRUCTION_SETS = ["baseline", "avx2", "avx512", "avx512bf16"] if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
 # Error texts and debug information name files by their path in the source tree, not by the build machine's.
 COMMON = [*FLAGS["common"], f"-ffile-prefix-map={ROOT}/="]
 

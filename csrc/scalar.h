@@ -1,9 +1,12 @@
 // Formulas shared by every backend. V is what a kernel computes on (a vector on the CPU, a float on a GPU), A its element type.
-// math::exp, math::erfcx, select and MK_FN come from the backend's header, which includes this one.
+// math::exp2, math::erfcx, select and MK_FN come from the backend's header, which includes this one.
 #pragma once
 
 namespace mk {
 namespace {
+
+template <class A>
+constexpr A kLog2e = A(1.44269504088896340736);
 
 // gelu(v) ~ v * sigmoid(2u), u = sqrt(2/pi) (v + 0.044715 v^3): the tanh approximation of Hendrycks and Gimpel (arXiv 1606.08415)
 // with 0.5 (1 + tanh u) written as a sigmoid, which keeps its relative accuracy in the left tail. Beyond kFlat the sigmoid is 0 or
@@ -26,7 +29,7 @@ struct GeluTanh {
   }
   template <class V>
   static MK_FN V exp_minus_2u(V v) {
-    return math::exp(v * (A(-2) * kAlpha + A(-2) * kAlpha * kCubic * (v * v)));
+    return math::exp2(v * (A(-2) * kAlpha * kLog2e<A> + A(-2) * kAlpha * kCubic * kLog2e<A> * (v * v)));
   }
   template <class V>
   static MK_FN V value(V v) {
@@ -53,11 +56,11 @@ struct GeluErf {
   }
   template <class V>
   static MK_FN V value(V v) {
-    return v * cdf(v, math::exp(A(-0.5) * (v * v)));
+    return v * cdf(v, math::exp2(A(-0.5) * kLog2e<A> * (v * v)));
   }
   template <class V>
   static MK_FN V derivative(V v) {
-    V gauss = math::exp(A(-0.5) * (v * v));
+    V gauss = math::exp2(A(-0.5) * kLog2e<A> * (v * v));
     return cdf(v, gauss) + v * gauss * kInvSqrt2Pi;
   }
 };

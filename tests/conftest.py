@@ -7,7 +7,7 @@ import torch
 
 import megatron_kernels as mk
 
-INSTRUCTION_SETS = ["baseline", "avx2", "avx512"]
+INSTRUCTION_SETS = ["baseline", "avx2", "avx512", "avx512bf16"]
 
 
 def pytest_addoption(parser):

@@ -33,7 +33,7 @@ void backward(const BiasGeluBackward& a, ParallelFor pf) {
   parallel(pf, blocks, a.rows / blocks * a.cols, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
       A* dbias = partials + b * a.cols;
-      for (int64_t j = 0; j < a.cols; ++j) dbias[j] = 0;
+      clear(dbias, a.cols);
       for (int64_t row = block_begin(b, blocks, a.rows); row < block_begin(b + 1, blocks, a.rows); ++row) {
         const T* dy = static_cast<const T*>(a.dy) + row * a.cols;
         const T* x = static_cast<const T*>(a.x) + row * a.cols;

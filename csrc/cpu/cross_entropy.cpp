@@ -1,5 +1,5 @@
-// The forward reads the logits once: tile by tile, each while it is in the nearest cache, it keeps a running maximum and the sum of
-// exponentials relative to it (T bytes per element). The backward reads and writes once (2T), from the saved log-sum-exp.
+// The forward reads the logits once: tile by tile it keeps the maximum and the sum of exponentials relative to it, in one pass; a tile
+// that raises the maximum is done again from the cache, which is rare after the first (T bytes per element). The backward reads and writes once (2T), from the saved log-sum-exp.
 #include "../cross_entropy.h"
 
 #include "rows.h"
@@ -19,24 +19,27 @@ RowState<acc_t<T>> scan(const T* x, int64_t cols) {
   using A = acc_t<T>;
   using V = vec_t<A>;
   RowState<A> s;
-  for (int64_t begin = 0; begin < cols; begin += kTile) {
+  for (int64_t begin = 0; begin < cols;) {
     int64_t end = min(cols, begin + kTile);
+    // While all is -inf any finite number serves as the maximum: exp gives 0 for each -inf, and NaN for a NaN.
+    A shift = s.top == -kInfinity<A> ? A(0) : s.top;
     V tops = broadcast(s.top), exps{}, sums{};
     for_each_packet<T>(begin, end, [&](int64_t j, auto width) {
-      V v = keep(load(x + j, width), tops, width);
+      V v = load(x + j, width);
+      exps += keep(math::exp2((v - shift) * kLog2e<A>), V{}, width);
+      if (kSum) sums += v;
+      v = keep(v, tops, width);
       tops = select(v > tops, v, tops);
     });
     A top = max_lanes<A>(tops);
-    // Where all so far is -inf, any finite number serves as the maximum: exp gives 0 for each -inf, and NaN for a NaN.
-    A shift = top == -kInfinity<A> ? A(0) : top;
-    for_each_packet<T>(begin, end, [&](int64_t j, auto width) {
-      V v = load(x + j, width);
-      exps += keep(math::exp(v - shift), V{}, width);
-      if (kSum) sums += v;
-    });
-    s.exps = s.exps * math::exp_one<A>(s.top - shift) + sum_lanes<A>(exps);
+    if (top > s.top) {  // a new maximum: what was added up is rescaled, and the tile done again
+      s.exps *= math::exp2_one<A>((s.top - top) * kLog2e<A>);
+      s.top = top;
+      continue;
+    }
+    s.exps += sum_lanes<A>(exps);
     s.sum += sum_lanes<A>(sums);
-    s.top = top;
+    begin = end;
   }
   return s;
 }
@@ -111,9 +114,9 @@ void backward(const CrossEntropyBackward& a, ParallelFor pf) {
       A factor = dloss * (A(1) + A(2) * A(a.z_loss) * lse), uniform = dloss * alpha / A(a.vocab_size);
       bool here = column >= 0 && column < cols;
       // p - 1 formed in float: in 16 bits it would cancel where p is close to 1.
-      A true_class = here ? factor * math::exp_one<A>(load_one(x + column) - lse) - uniform - dloss * (A(1) - alpha) : A(0);
+      A true_class = here ? factor * math::exp2_one<A>((load_one(x + column) - lse) * kLog2e<A>) - uniform - dloss * (A(1) - alpha) : A(0);
       for_each_packet<T>(0, cols, [&](int64_t j, auto width) {
-        store(dx + j, factor * math::exp(load(x + j, width) - lse) - uniform, width);
+        store(dx + j, factor * math::exp2((load(x + j, width) - lse) * kLog2e<A>) - uniform, width);
       });
       if (here) store_one(dx + column, true_class);
       clear(dx + cols, a.cols - cols);

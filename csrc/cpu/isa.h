@@ -3,7 +3,7 @@
 
 namespace mk::cpu {
 
-const char* isa();                  // "baseline", "avx2" or "avx512"
+const char* isa();                  // "baseline", "avx2", "avx512" or "avx512bf16"
 bool set_isa(const char* name);     // false: unknown, or this processor lacks it; "best" goes back to the widest
 
 }  // namespace mk::cpu

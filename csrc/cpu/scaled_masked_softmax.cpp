@@ -38,14 +38,16 @@ void forward_row(const T* x, const uint8_t* mask, T* y, int64_t n, acc_t<T> scal
     for (int64_t j = 0; j < n; ++j) count += mask[j] == 0;
     if (!count) return clear(y, n);
   }
+  A factor = scale * kLog2e<A>;  // exponentials to base 2
+  auto score = [&](int64_t j, auto width) { return load(x + j, width) * factor; };
   V tops = broadcast(-kInfinity<A>);
   for_each_packet<T>(0, n, [&](int64_t j, auto width) {
-    V z = live(load(x + j, width) * scale, tops, j, width);
+    V z = live(score(j, width), tops, j, width);
     tops = select(z > tops, z, tops);
   });
   A top = max_lanes<A>(tops);
 
-  auto exponential = [&](int64_t j, auto width) { return live(math::exp(load(x + j, width) * scale - top), V{}, j, width); };
+  auto exponential = [&](int64_t j, auto width) { return live(math::exp2(score(j, width) - top), V{}, j, width); };
   if (n <= kBuffer) {
     alignas(kVectorBytes) A e[kBuffer + kLanes<T>];  // whole packets, also at the tail
     A inverse = A(1) / sum_of<T>(n, [&](int64_t j, auto width) {

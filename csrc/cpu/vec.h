@@ -107,27 +107,82 @@ MK_FN vec_t<A> keep_first(vec_t<A> v, vec_t<A> neutral, int n) {
 MK_FN vec_t<float> keep(vec_t<float> v, vec_t<float> neutral, Part p) { return keep_first<float>(v, neutral, p.n); }
 MK_FN vec_t<double> keep(vec_t<double> v, vec_t<double> neutral, Part p) { return keep_first<double>(v, neutral, p.n); }
 
-template <class V, class T>
-MK_FN V load_raw(const T* p) {
+// A packet as it lies in memory: T's bits, kLanes<T> of them.
+template <class T>
+struct Raw {
+  using V = typename Simd<float>::Short;
+};
+template <>
+struct Raw<float> {
+  using V = vec_t<float>;
+};
+template <>
+struct Raw<double> {
+  using V = vec_t<double>;
+};
+template <class T>
+using raw_t = typename Raw<T>::V;
+
+template <class V>
+MK_FN V load_raw(const void* p, Whole) {
   V v;
-  __builtin_memcpy(&v, p, sizeof(V));
+  __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
-
-MK_FN vec_t<float> widen(const float* p) { return load_raw<vec_t<float>>(p); }
-MK_FN vec_t<double> widen(const double* p) { return load_raw<vec_t<double>>(p); }
-MK_FN vec_t<float> widen(const bfloat16* p) {
-  using S = Simd<float>;
-  return (S::V)(__builtin_convertvector(load_raw<S::Short>(p), S::U) << 16);
+template <class V>
+MK_FN void store_raw(void* p, V v, Whole) {
+  __builtin_memcpy(p, &v, sizeof v);
 }
-MK_FN vec_t<float> widen(const half* p) {
+// The first n elements; the rest of the packet reads as 0 and is not touched in memory.
+template <class V>
+MK_FN V load_raw(const void* p, Part part) {
+  constexpr int kSize = sizeof(V{}[0]);
 #if defined(__AVX512F__)
-  return (vec_t<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__AVX2__)
-  return (vec_t<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  unsigned mask = (1u << part.n) - 1;
+  if constexpr (kSize == 8) return (V)_mm512_maskz_loadu_pd(__mmask8(mask), p);
+  if constexpr (kSize == 4) return (V)_mm512_maskz_loadu_ps(__mmask16(mask), p);
+  if constexpr (kSize == 2) return (V)_mm256_maskz_loadu_epi16(__mmask16(mask), p);
+#endif
+  V v{};
+  __builtin_memcpy(&v, p, size_t(part.n * kSize));
+  return v;
+}
+template <class V>
+MK_FN void store_raw(void* p, V v, Part part) {
+  constexpr int kSize = sizeof(V{}[0]);
+#if defined(__AVX512F__)
+  unsigned mask = (1u << part.n) - 1;
+  if constexpr (kSize == 8) return _mm512_mask_storeu_pd(p, __mmask8(mask), (__m512d)v);
+  if constexpr (kSize == 4) return _mm512_mask_storeu_ps(p, __mmask16(mask), (__m512)v);
+  if constexpr (kSize == 2) return _mm256_mask_storeu_epi16(p, __mmask16(mask), (__m256i)v);
+#endif
+  __builtin_memcpy(p, &v, size_t(part.n * kSize));
+}
+
+template <class T>
+MK_FN vec_t<acc_t<T>> widen(raw_t<T> raw) {
+  return raw;
+}
+template <>
+MK_FN vec_t<float> widen<bfloat16>(raw_t<bfloat16> raw) {
+#if defined(__AVX512F__)
+  // One permutation puts each element into the upper half of a lane; widening and shifting would take two instructions.
+  Simd<float>::I from = lane_numbers<float>() << 16;
+  return (vec_t<float>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, (__m512i)from, _mm512_castsi256_si512((__m256i)raw));
 #else
   using S = Simd<float>;
-  S::U bits = __builtin_convertvector(load_raw<S::Short>(p), S::U), magnitude = (bits & 0x7fffu) << 13;
+  return (S::V)(__builtin_convertvector(raw, S::U) << 16);
+#endif
+}
+template <>
+MK_FN vec_t<float> widen<half>(raw_t<half> raw) {
+#if defined(__AVX512F__)
+  return (vec_t<float>)_mm512_cvtph_ps((__m256i)raw);
+#elif defined(__AVX2__)
+  return (vec_t<float>)_mm256_cvtph_ps((__m128i)raw);
+#else
+  using S = Simd<float>;
+  S::U bits = __builtin_convertvector(raw, S::U), magnitude = (bits & 0x7fffu) << 13;
   // Rebias the exponent; infinities and NaNs need it twice, subnormals are normalised by one subtraction.
   S::U normal = magnitude + (magnitude >= 0x0f800000u ? 0x70000000u - S::U{} : 0x38000000u - S::U{});
   S::V subnormal = (S::V)(magnitude + 0x38800000u) - (S::V)(0x38800000u - S::U{});
@@ -136,21 +191,27 @@ MK_FN vec_t<float> widen(const half* p) {
 #endif
 }
 
-MK_FN void narrow(float* p, vec_t<float> v) { __builtin_memcpy(p, &v, sizeof v); }
-MK_FN void narrow(double* p, vec_t<double> v) { __builtin_memcpy(p, &v, sizeof v); }
 // Rounds to nearest, ties to even; NaN stays NaN.
-MK_FN void narrow(bfloat16* p, vec_t<float> v) {
+template <class T>
+MK_FN raw_t<T> narrow(vec_t<acc_t<T>> v) {
+  return v;
+}
+template <>
+MK_FN raw_t<bfloat16> narrow<bfloat16>(vec_t<float> v) {
+#if defined(__AVX512BF16__)
+  return (raw_t<bfloat16>)_mm512_cvtneps_pbh((__m512)v);
+#else
   using S = Simd<float>;
   S::U bits = (S::U)v, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  rounded = v == v ? rounded : 0x7fc0u - S::U{};
-  S::Short packed = __builtin_convertvector(rounded, S::Short);
-  __builtin_memcpy(p, &packed, sizeof packed);
+  return __builtin_convertvector(v == v ? rounded : 0x7fc0u - S::U{}, S::Short);
+#endif
 }
-MK_FN void narrow(half* p, vec_t<float> v) {
+template <>
+MK_FN raw_t<half> narrow<half>(vec_t<float> v) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  return (raw_t<half>)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__AVX2__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+  return (raw_t<half>)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #else
   using S = Simd<float>;
   S::U bits = (S::U)v, magnitude = bits & 0x7fffffffu;
@@ -159,30 +220,17 @@ MK_FN void narrow(half* p, vec_t<float> v) {
   S::U subnormal = (S::U)((S::V)magnitude + 0.5f) - 0x3f000000u;
   S::U value = magnitude < 0x38800000u ? subnormal : normal;
   value = magnitude >= 0x47800000u ? (magnitude > 0x7f800000u ? 0x7e00u - S::U{} : 0x7c00u - S::U{}) : value;
-  S::Short packed = __builtin_convertvector(value | (bits >> 16 & 0x8000u), S::Short);
-  __builtin_memcpy(p, &packed, sizeof packed);
+  return __builtin_convertvector(value | (bits >> 16 & 0x8000u), S::Short);
 #endif
 }
 
-template <class T>
-MK_FN vec_t<acc_t<T>> load(const T* p, Whole) {
-  return widen(p);
+template <class T, class Width>
+MK_FN vec_t<acc_t<T>> load(const T* p, Width width) {
+  return widen<T>(load_raw<raw_t<T>>(p, width));
 }
-template <class T>
-MK_FN vec_t<acc_t<T>> load(const T* p, Part part) {
-  T copy[kLanes<T>] = {};
-  for (int i = 0; i < part.n; ++i) copy[i] = p[i];
-  return widen(copy);
-}
-template <class T>
-MK_FN void store(T* p, vec_t<acc_t<T>> v, Whole) {
-  narrow(p, v);
-}
-template <class T>
-MK_FN void store(T* p, vec_t<acc_t<T>> v, Part part) {
-  T copy[kLanes<T>];
-  narrow(copy, v);
-  for (int i = 0; i < part.n; ++i) p[i] = copy[i];
+template <class T, class Width>
+MK_FN void store(T* p, vec_t<acc_t<T>> v, Width width) {
+  store_raw(p, narrow<T>(v), width);
 }
 
 // One element, by way of a vector: single values are rare.
@@ -198,12 +246,12 @@ MK_FN void store_one(T* p, acc_t<T> a) {
 // -1 in the lanes whose byte is not 0.
 template <class A>
 MK_FN typename Simd<A>::I load_mask(const uint8_t* p, Whole) {
-  return __builtin_convertvector(load_raw<typename Simd<A>::Bytes>(p), typename Simd<A>::I) != 0;
+  return __builtin_convertvector(load_raw<typename Simd<A>::Bytes>(p, Whole{}), typename Simd<A>::I) != 0;
 }
 template <class A>
 MK_FN typename Simd<A>::I load_mask(const uint8_t* p, Part part) {
   uint8_t copy[Simd<A>::kLanes] = {};
-  for (int i = 0; i < part.n; ++i) copy[i] = p[i];
+  __builtin_memcpy(copy, p, size_t(part.n));
   return load_mask<A>(copy, Whole{});
 }
 
@@ -224,26 +272,38 @@ MK_FN A max_lanes(vec_t<A> v) {
 
 namespace math {
 
-// e^x to 1 ulp or so: x = n ln2 + r, e^r = 1 + r + r^2 p(r) with p the minimax polynomial on |r| <= ln2/2 (relative error 3e-9).
-// For x <= 88; results below the smallest normal number are 0.
-MK_FN vec_t<float> exp(vec_t<float> x) {
+constexpr float kShift = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+
+// 2^x to 1 ulp or so: 2^floor(x) p(x - floor(x)), p the minimax polynomial on [0, 1] (relative error 2e-9). Exponentials to base 2
+// cost least, so callers fold the factor log2(e) into what they multiply by anyway. For x < 128; results below the smallest normal
+// number may be 0.
+MK_FN vec_t<float> exp2(vec_t<float> x) {
   using S = Simd<float>;
-  constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  constexpr float kShift = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
-  S::V shifted = x * kLog2e + kShift;
-  S::V n = shifted - kShift;
-  S::V r = x - n * kLn2High - n * kLn2Low;
-  S::V p = 0.00138145986f * r + 0.00836871688f;
-  p = p * r + 0.0416683880f;
-  p = p * r + 0.166665206f;
-  p = p * r + 0.499999934f;
-  p = p * (r * r) + r + 1.f;
-  S::V power = (S::V)(((S::U)shifted << 23) + 0x3f800000u);
-  return x < -87.3365448f ? S::V{} : p * power;
+#if defined(__AVX512F__)
+  S::V f = (S::V)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#else
+  S::V shifted = x - 0.5f + kShift;
+  S::V f = x - (shifted - kShift);
+#endif
+  S::V p = 2.17022557e-4f * f + 1.24396877e-3f;
+  p = p * f + 9.67884102e-3f;
+  p = p * f + 5.54833420e-2f;
+  p = p * f + 0.240229836f;
+  p = p * f + 0.693146984f;
+  p = p * f + 1.f;
+#if defined(__AVX512F__)
+  return (S::V)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+  return x < -126.f ? S::V{} : p * (S::V)(((S::U)shifted << 23) + 0x3f800000u);
+#endif
 }
-MK_FN vec_t<double> exp(vec_t<double> x) {
-  for (int i = 0; i < Simd<double>::kLanes; ++i) x[i] = __builtin_exp(x[i]);
+MK_FN vec_t<double> exp2(vec_t<double> x) {
+  for (int i = 0; i < Simd<double>::kLanes; ++i) x[i] = __builtin_exp2(x[i]);
   return x;
+}
+template <class A>
+MK_FN A exp2_one(A x) {
+  return exp2(broadcast(x))[0];
 }
 
 // e^(x^2) erfc(x) for x >= 0: a minimax polynomial in 1 / (1 + 0.35 x), relative error 2e-8 up to x = 10; beyond that
@@ -270,10 +330,6 @@ MK_FN float log(float x) { return __builtin_logf(x); }
 MK_FN double log(double x) { return __builtin_log(x); }
 MK_FN float rsqrt(float x) { return 1.f / __builtin_sqrtf(x); }
 MK_FN double rsqrt(double x) { return 1. / __builtin_sqrt(x); }
-template <class A>
-MK_FN A exp_one(A x) {
-  return exp(broadcast(x))[0];
-}
 
 }  // namespace math
 
