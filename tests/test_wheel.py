@@ -96,10 +96,17 @@ def test_library_needs_only_what_every_torch_has(library):
     assert [name for name in needed if not MAY_NEED.fullmatch(name)] == []
 
 
-def test_no_kernel_is_shared_between_instruction_sets(library):
-    """A weak definition is one that the linker chose among several builds: it must not be one of ours."""
-    mangled = [name for kind, name in symbols(library, "--defined-only") if kind in "WVu"]
-    assert [name for name in mangled if re.match(r"_ZN?K?\d*(2mk|N2mk)", name)] == []
+def test_nothing_is_shared_between_instruction_sets(wheel, source_distribution):
+    """Each object defines functions in the namespace of its own instruction set and nothing weak: of weak definitions the linker
+    keeps one for all, and a processor without AVX-512 could end up with one that was compiled for it."""
+    objects = [path for isa in ("baseline", "avx2", "avx512") for path in source_distribution.rglob(f"*.{isa}.o")]
+    assert len(objects) >= 4
+    for path in objects:
+        isa = path.name.split(".")[1]
+        defined = [line.split()[1:] for line in run("nm", "--defined-only", path).splitlines()]
+        assert [name for kind, name in defined if kind in "WVu"] == [], path.name
+        visible = [name for kind, name in defined if kind.isupper()]
+        assert visible and all(name.startswith(f"_ZN2mk3cpu{len(isa)}{isa}") for name in visible), path.name
 
 
 def test_library_does_not_name_the_build_directory(library, source_distribution):
