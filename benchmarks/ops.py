@@ -278,6 +278,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{args.implementation}: {available.detail if available else f'unknown implementation; known are {known}'}",
               file=sys.stderr)
         return 1
+    for file in filter(None, (args.csv, args.json)):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
     both = args.allocator == "both"
     args.allocator = "default" if args.allocator == "default" else "reusing"
     torch.set_num_threads(args.threads)
