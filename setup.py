@@ -62,7 +62,7 @@ setup(
         "megatron_kernels._C_cpu",
         ["csrc/cpu/isa.cpp", "csrc/binding/schema.cpp", *(f"csrc/binding/{op}.cpp" for op in OPS)],
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("TORCH_STABLE_ONLY", None)],
-        extra_compile_args=["-O2", *COMMON],
+        extra_compile_args=["-O2", "-g0", *COMMON],
         py_limited_api=True,
     )],
     cmdclass={"build_ext": Build},

@@ -6,22 +6,22 @@
 namespace mk {
 
 struct LayerNormForward {
-  const void* x;                // [rows, cols]
-  const void *weight, *bias;    // [cols] or null
-  void* y;                      // [rows, cols]
-  void *mean, *rstd;            // [rows], float (double for f64)
-  void* workspace;              // see below
+  const void* x;              // [rows, cols]
+  const void *weight, *bias;  // [cols] or null
+  void* y;                    // [rows, cols]
+  void *mean, *rstd;          // [rows], float (double for f64)
+  void* workspace;            // see below
   int64_t rows, cols;
   double eps;
   DType dtype, weight_dtype, bias_dtype;
 };
 
 struct LayerNormBackward {
-  const void *dy, *x;         // [rows, cols]
-  const void* weight;         // [cols] or null
-  const void *mean, *rstd;    // [rows]
-  void* dx;                   // [rows, cols]
-  void *dweight, *dbias;      // [cols], of weight_dtype and bias_dtype, or null
+  const void *dy, *x;       // [rows, cols]
+  const void* weight;       // [cols] or null
+  const void *mean, *rstd;  // [rows]
+  void* dx;                 // [rows, cols]
+  void *dweight, *dbias;    // [cols], of weight_dtype and bias_dtype, or null
   void* workspace;
   int64_t rows, cols;
   DType dtype, weight_dtype, bias_dtype;

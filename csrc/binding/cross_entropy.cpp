@@ -43,19 +43,21 @@ std::tuple<Tensor, Tensor> forward(Tensor logits, Tensor target, int64_t vocab_s
   Problem p = problem(logits, target, 0, vocab_size, label_smoothing);
   check(vocab_size <= p.cols, kOp, "vocab_size must be at most the ", p.cols, " columns of logits, got ", vocab_size);
   Tensor x = dense(logits);
-  Tensor loss = new_tensor(logits, sizes(target), accumulate_type(p.type)), lse = new_tensor(logits, sizes(target), accumulate_type(p.type));
+  Tensor loss = new_tensor(logits, sizes(target), accumulate_type(p.type)),
+         lse = new_tensor(logits, sizes(target), accumulate_type(p.type));
   run({x.const_data_ptr(), static_cast<const int64_t*>(p.target.const_data_ptr()), loss.mutable_data_ptr(), lse.mutable_data_ptr(),
        nullptr, nullptr, p.rows, p.cols, 0, vocab_size, ignore_index, label_smoothing, z_loss, p.type});
   return {loss, lse};
 }
 
-Tensor partial(Tensor logits, Tensor target, int64_t vocab_start, int64_t vocab_size, int64_t ignore_index, double label_smoothing) {
+Tensor partial(Tensor logits, Tensor target, int64_t vocab_start, int64_t vocab_size, int64_t ignore_index,
+               double label_smoothing) {
   Problem p = problem(logits, target, vocab_start, vocab_size, label_smoothing);
   std::vector<int64_t> size = sizes(target);
   size.push_back(3);
   Tensor x = dense(logits), out = new_tensor(logits, size, accumulate_type(p.type));
-  run({x.const_data_ptr(), static_cast<const int64_t*>(p.target.const_data_ptr()), nullptr, nullptr, out.mutable_data_ptr(), nullptr,
-       p.rows, p.cols, vocab_start, vocab_size, ignore_index, label_smoothing, 0, p.type});
+  run({x.const_data_ptr(), static_cast<const int64_t*>(p.target.const_data_ptr()), nullptr, nullptr, out.mutable_data_ptr(),
+       nullptr, p.rows, p.cols, vocab_start, vocab_size, ignore_index, label_smoothing, 0, p.type});
   return out;
 }
 
@@ -65,14 +67,14 @@ void backward_into(const Tensor& dloss, const Tensor& logits, const Tensor& targ
   check_row_values(kOp, "dloss", dloss, p.rows, accumulate_type(p.type));
   check_row_values(kOp, "lse", lse, p.rows, accumulate_type(p.type));
   Tensor dl = dense(dloss), ls = dense(lse), x = dense(logits);
-  cpu::cross_entropy_backward({dl.const_data_ptr(), x.const_data_ptr(), static_cast<const int64_t*>(p.target.const_data_ptr()),
-                               ls.const_data_ptr(), dlogits.mutable_data_ptr(), p.rows, p.cols, vocab_start, vocab_size, ignore_index,
-                               label_smoothing, z_loss, p.type},
-                              parallel_for);
+  cpu::cross_entropy_backward(
+      {dl.const_data_ptr(), x.const_data_ptr(), static_cast<const int64_t*>(p.target.const_data_ptr()), ls.const_data_ptr(),
+       dlogits.mutable_data_ptr(), p.rows, p.cols, vocab_start, vocab_size, ignore_index, label_smoothing, z_loss, p.type},
+      parallel_for);
 }
 
-Tensor backward(Tensor dloss, Tensor logits, Tensor target, Tensor lse, int64_t vocab_start, int64_t vocab_size, int64_t ignore_index,
-                double label_smoothing, double z_loss) {
+Tensor backward(Tensor dloss, Tensor logits, Tensor target, Tensor lse, int64_t vocab_start, int64_t vocab_size,
+                int64_t ignore_index, double label_smoothing, double z_loss) {
   Tensor dlogits = new_like(logits);
   backward_into(dloss, logits, target, lse, dlogits, vocab_start, vocab_size, ignore_index, label_smoothing, z_loss);
   return dlogits;

@@ -53,11 +53,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, std::optional<T
   Tensor dyc = dense(dy), xc = dense(x), mc = dense(mean), rc = dense(rstd);
   Tensor dx = new_like(x), dweight = gradient(w), dbias = gradient(b);
   Tensor workspace = new_tensor(x, {cpu::layer_norm_backward_workspace(rows, cols)}, accumulate_type(type));
-  cpu::layer_norm_backward({dyc.const_data_ptr(), xc.const_data_ptr(), w.data(), mc.const_data_ptr(), rc.const_data_ptr(),
-                            dx.mutable_data_ptr(), w.tensor ? dweight.mutable_data_ptr() : nullptr,
-                            b.tensor ? dbias.mutable_data_ptr() : nullptr, workspace.mutable_data_ptr(), rows, cols, type, w.type,
-                            b.type},
-                           parallel_for);
+  cpu::layer_norm_backward(
+      {dyc.const_data_ptr(), xc.const_data_ptr(), w.data(), mc.const_data_ptr(), rc.const_data_ptr(), dx.mutable_data_ptr(),
+       w.tensor ? dweight.mutable_data_ptr() : nullptr, b.tensor ? dbias.mutable_data_ptr() : nullptr, workspace.mutable_data_ptr(),
+       rows, cols, type, w.type, b.type},
+      parallel_for);
   return {dx, dweight, dbias};
 }
 

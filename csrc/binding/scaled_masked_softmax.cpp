@@ -35,6 +35,12 @@ RowMask row_mask(const Tensor& x, const Tensor& mask) {
   return out;
 }
 
+// A mask whose rows have their bytes side by side, or one byte for all columns; an expanded mask stays as it is.
+Tensor columns_together(const Tensor& mask) {
+  int64_t last = mask.dim() - 1;
+  return last < 0 || mask.size(last) == 1 || mask.stride(last) <= 1 ? mask : dense(mask);
+}
+
 int64_t queries(const Tensor& x, bool causal) {
   check(!causal || x.dim() >= 2, kOp, "causal=True needs x of at least two dimensions [..., sq, sk], got shape ", shape(x));
   return causal ? x.size(x.dim() - 2) : 1;
@@ -45,11 +51,11 @@ Tensor forward(Tensor x, std::optional<Tensor> mask, double scale, bool causal) 
   auto [rows, cols] = rows_of(kOp, "x", x);
   int64_t sq = queries(x, causal);
   std::optional<Tensor> bytes;
-  if (mask) bytes = dense(*mask);
+  if (mask) bytes = columns_together(*mask);
   Tensor xc = dense(x), y = new_like(x);
-  cpu::scaled_masked_softmax_forward({xc.const_data_ptr(), bytes ? row_mask(x, *bytes) : RowMask{}, y.mutable_data_ptr(), rows, cols,
-                                      sq, scale, causal, type},
-                                     parallel_for);
+  cpu::scaled_masked_softmax_forward(
+      {xc.const_data_ptr(), bytes ? row_mask(x, *bytes) : RowMask{}, y.mutable_data_ptr(), rows, cols, sq, scale, causal, type},
+      parallel_for);
   return y;
 }
 
@@ -58,9 +64,9 @@ Tensor backward(Tensor dy, Tensor y, double scale, bool causal) {
   check_same(kOp, "dy", dy, "y", y);
   auto [rows, cols] = rows_of(kOp, "y", y);
   Tensor dyc = dense(dy), yc = dense(y), dx = new_like(y);
-  cpu::scaled_masked_softmax_backward({dyc.const_data_ptr(), yc.const_data_ptr(), dx.mutable_data_ptr(), rows, cols,
-                                       queries(y, causal), scale, causal, type},
-                                      parallel_for);
+  cpu::scaled_masked_softmax_backward(
+      {dyc.const_data_ptr(), yc.const_data_ptr(), dx.mutable_data_ptr(), rows, cols, queries(y, causal), scale, causal, type},
+      parallel_for);
   return dx;
 }
 

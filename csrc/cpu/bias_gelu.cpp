@@ -16,9 +16,8 @@ void forward(const BiasGeluForward& a, ParallelFor pf) {
     for (int64_t row = first; row < last; ++row) {
       const T* x = static_cast<const T*>(a.x) + row * a.cols;
       T* y = static_cast<T*>(a.y) + row * a.cols;
-      for_each_packet<T>(0, a.cols, [&](int64_t j, auto width) {
-        store(y + j, Gelu::value(load(x + j, width) + load(bias + j, width)), width);
-      });
+      for_each_packet<T>(
+          0, a.cols, [&](int64_t j, auto width) { store(y + j, Gelu::value(load(x + j, width) + load(bias + j, width)), width); });
     }
   });
 }

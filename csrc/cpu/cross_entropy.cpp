@@ -1,5 +1,6 @@
-// The forward reads the logits once: tile by tile it keeps the maximum and the sum of exponentials relative to it, in one pass; a tile
-// that raises the maximum is done again from the cache, which is rare after the first (T bytes per element). The backward reads and writes once (2T), from the saved log-sum-exp.
+// The forward reads the logits once: tile by tile it keeps the maximum and the sum of exponentials relative to it, in one pass; a
+// tile that raises the maximum is done again from the cache, which is rare after the first (T bytes per element). The backward
+// reads and writes once (2T), from the saved log-sum-exp.
 #include "../cross_entropy.h"
 
 #include "rows.h"
@@ -47,8 +48,7 @@ RowState<acc_t<T>> scan(const T* x, int64_t cols) {
 // Keeps the smallest row number among all threads'.
 void report(int64_t* bad_row, int64_t row) {
   int64_t seen = __atomic_load_n(bad_row, __ATOMIC_RELAXED);
-  while (row < seen && !__atomic_compare_exchange_n(bad_row, &seen, row, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-  }
+  while (row < seen && !__atomic_compare_exchange_n(bad_row, &seen, row, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
 }
 
 template <class Args>
@@ -114,7 +114,8 @@ void backward(const CrossEntropyBackward& a, ParallelFor pf) {
       A factor = dloss * (A(1) + A(2) * A(a.z_loss) * lse), uniform = dloss * alpha / A(a.vocab_size);
       bool here = column >= 0 && column < cols;
       // p - 1 formed in float: in 16 bits it would cancel where p is close to 1.
-      A true_class = here ? factor * math::exp2_one<A>((load_one(x + column) - lse) * kLog2e<A>) - uniform - dloss * (A(1) - alpha) : A(0);
+      A true_class =
+          here ? factor * math::exp2_one<A>((load_one(x + column) - lse) * kLog2e<A>) - uniform - dloss * (A(1) - alpha) : A(0);
       for_each_packet<T>(0, cols, [&](int64_t j, auto width) {
         store(dx + j, factor * math::exp2((load(x + j, width) - lse) * kLog2e<A>) - uniform, width);
       });

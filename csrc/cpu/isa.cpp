@@ -22,7 +22,7 @@ enum Isa {
 #define MK_ENUMERATE(name) name##_isa,
   MK_FOR_EACH_ISA(MK_ENUMERATE)
 #undef MK_ENUMERATE
-  kIsas
+      kIsas
 };
 
 const char* const kNames[] = {
@@ -82,18 +82,18 @@ bool set_isa(const char* name) {
   returns function parameters;                         \
   }
 #if defined(__x86_64__)
-#define MK_ROUTE(returns, function, parameters, arguments)    \
-  MK_DECLARE(baseline, returns, function, parameters)         \
-  MK_DECLARE(avx2, returns, function, parameters)             \
-  MK_DECLARE(avx512, returns, function, parameters)           \
-  MK_DECLARE(avx512bf16, returns, function, parameters)       \
-  returns function parameters {                               \
-    switch (chosen) {                                         \
+#define MK_ROUTE(returns, function, parameters, arguments)        \
+  MK_DECLARE(baseline, returns, function, parameters)             \
+  MK_DECLARE(avx2, returns, function, parameters)                 \
+  MK_DECLARE(avx512, returns, function, parameters)               \
+  MK_DECLARE(avx512bf16, returns, function, parameters)           \
+  returns function parameters {                                   \
+    switch (chosen) {                                             \
       case avx512bf16_isa: return avx512bf16::function arguments; \
-      case avx512_isa: return avx512::function arguments;     \
-      case avx2_isa: return avx2::function arguments;         \
-      default: return baseline::function arguments;           \
-    }                                                         \
+      case avx512_isa: return avx512::function arguments;         \
+      case avx2_isa: return avx2::function arguments;             \
+      default: return baseline::function arguments;               \
+    }                                                             \
   }
 #else
 #define MK_ROUTE(returns, function, parameters, arguments) \

@@ -19,8 +19,9 @@ template <class F>
 void parallel(ParallelFor pf, int64_t items, int64_t elements, const F& f) {
   if (items == 0) return;
   int64_t grain = max<int64_t>(1, kGrainElements / max<int64_t>(1, elements));
-  pf(0, items, grain, [](int64_t first, int64_t last, void* body) { (*static_cast<const F*>(body))(first, last); },
-     const_cast<F*>(&f));
+  pf(
+      0, items, grain, [](int64_t first, int64_t last, void* body) { (*static_cast<const F*>(body))(first, last); },
+      const_cast<F*>(&f));
 }
 
 // The sum of f(j, width) over the packets of [0, n), tile by tile: in one running sum a large term would swallow thousands of small
@@ -57,9 +58,7 @@ MK_FN int64_t row_blocks(int64_t rows, int64_t cols) {
   int64_t wanted = (rows * cols + 65535) / 65536;
   return max<int64_t>(1, min<int64_t>(min<int64_t>(wanted, 64), rows));
 }
-MK_FN int64_t block_begin(int64_t block, int64_t blocks, int64_t rows) {
-  return rows / blocks * block + min(block, rows % blocks);
-}
+MK_FN int64_t block_begin(int64_t block, int64_t blocks, int64_t rows) { return rows / blocks * block + min(block, rows % blocks); }
 
 template <class A>
 void sum_partials(ParallelFor pf, const A* partials, int64_t stride, int64_t blocks, int64_t cols, void* out, DType dtype) {

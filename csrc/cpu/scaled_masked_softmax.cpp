@@ -55,10 +55,12 @@ void forward_row(const T* x, const uint8_t* mask, T* y, int64_t n, acc_t<T> scal
                   store(e + j, v, Whole{});
                   return v;
                 });
-    for_each_packet<T>(0, n, [&](int64_t j, auto width) { store(y + j, live(load(e + j, Whole{}) * inverse, V{}, j, width), width); });
+    for_each_packet<T>(0, n,
+                       [&](int64_t j, auto width) { store(y + j, live(load(e + j, Whole{}) * inverse, V{}, j, width), width); });
   } else {
     A inverse = A(1) / sum_of<T>(n, exponential);
-    for_each_packet<T>(0, n, [&](int64_t j, auto width) { store(y + j, live(exponential(j, width) * inverse, V{}, j, width), width); });
+    for_each_packet<T>(0, n,
+                       [&](int64_t j, auto width) { store(y + j, live(exponential(j, width) * inverse, V{}, j, width), width); });
   }
 }
 
@@ -94,9 +96,8 @@ void backward(const SoftmaxBackward& a, ParallelFor pf) {
       T* dx = static_cast<T*>(a.dx) + row * a.cols;
       int64_t n = live_columns(a.causal, row, a.queries, a.cols);
       A scale = A(a.scale), dot = sum_of<T>(n, [&](int64_t j, auto width) { return load(y + j, width) * load(dy + j, width); });
-      for_each_packet<T>(0, n, [&](int64_t j, auto width) {
-        store(dx + j, scale * load(y + j, width) * (load(dy + j, width) - dot), width);
-      });
+      for_each_packet<T>(
+          0, n, [&](int64_t j, auto width) { store(dx + j, scale * load(y + j, width) * (load(dy + j, width) - dot), width); });
       clear(dx + n, a.cols - n);
     }
   });

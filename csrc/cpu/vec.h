@@ -1,8 +1,8 @@
 // Vectors for one instruction set per build: 16, 32 or 64 bytes of float or double, as the compiler's own vector types.
 //
-// A row is walked in packets of one vector; `for_each_packet` runs one body for whole packets and for the tail, which differ only in
-// the `Whole` or `Part` that the body hands to load, store and keep. 16-bit elements are widened as they are loaded and rounded as
-// they are stored, so bodies compute in float whatever the tensor holds.
+// A row is walked in packets of one vector; `for_each_packet` runs one body for whole packets and for the tail, which differ only
+// in the `Whole` or `Part` that the body hands to load, store and keep. 16-bit elements are widened as they are loaded and rounded
+// as they are stored, so bodies compute in float whatever the tensor holds.
 //
 // Everything here has internal linkage and nothing from the C++ library is used: the linker keeps one copy of an inline function,
 // and a processor without AVX-512 must not end up with one that was compiled for it.
