@@ -116,6 +116,32 @@ def interleave(contestants: Sequence[Contestant], *, seconds: float, min_rounds:
     return {name: Timing.of(milliseconds) for name, milliseconds in samples.items()}
 
 
+def others() -> Callable[[], float | None]:
+    """A function that tells which share of all processors' time since now went to other processes or other virtual machines.
+
+    One thread too many makes parallel code wait for whole time slices, so that such a figure says nothing. None where the
+    system keeps no account in /proc/stat.
+    """
+    def account() -> tuple[float, float]:
+        """Seconds that this process was running, and that anybody was; a virtual machine's host counts (steal)."""
+        user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        mine = os.times()
+        return mine.user + mine.system, (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+    try:
+        mine, everybodys = account()
+    except (OSError, ValueError):
+        return lambda: None
+    start = time.perf_counter()
+
+    def share() -> float:
+        mine_now, everybodys_now = account()
+        available = (time.perf_counter() - start) * (os.cpu_count() or 1)
+        return max(0.0, (everybodys_now - everybodys) - (mine_now - mine)) / max(available, 1e-9)
+
+    return share
+
+
 def is_reusing_allocator(env: Mapping[str, str] = os.environ) -> bool:
     return all(env.get(name) == value for name, value in REUSING_ALLOCATOR.items())
 

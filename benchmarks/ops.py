@@ -187,14 +187,19 @@ def check(case: Case, dtype: torch.dtype, args: argparse.Namespace) -> str:
         return mismatch(case, case.ours, inputs, gradient)
 
 
-def measure(case: Case, dtype: torch.dtype, mode: str, args: argparse.Namespace) -> dict[str, harness.Timing]:
-    """The timings of the floor, of ours without and with memory in its way, and of the peers."""
+def measure(case: Case, dtype: torch.dtype, mode: str,
+            args: argparse.Namespace) -> tuple[dict[str, harness.Timing], float | None]:
+    """The timings of the floor, of ours without and with memory in its way, and of the peers; and the others' share of time."""
     with mk.use(args.implementation):
-        timings = harness.interleave(contestants(case, dtype, mode, args.device, args.peers), seconds=args.seconds,
-                                     min_rounds=args.rounds, clock=harness.CLOCKS[args.device])
+        running = contestants(case, dtype, mode, args.device, args.peers)
+        for contestant in running:  # compiles
+            contestant.step()
+        share = harness.others()
+        timings = harness.interleave(running, seconds=args.seconds, min_rounds=args.rounds, clock=harness.CLOCKS[args.device])
+        others = share()
     clone_bytes = 2 * math.prod(case.shape) * dtype.itemsize  # read and written
     return {"floor": timings.pop("clone").times(case.nbytes(dtype, mode) / clone_bytes),
-            "in cache": timings.pop("piece").times(math.prod(case.shape) / math.prod(case.piece)), **timings}
+            "in cache": timings.pop("piece").times(math.prod(case.shape) / math.prod(case.piece)), **timings}, others
 
 
 @contextmanager
@@ -219,9 +224,9 @@ def run(args: argparse.Namespace) -> report.Results:
             failure = check(case, dtype, args)
             for mode in args.modes:
                 announce(f"{case.title} {name}: timing {mode}")
-                timings = {} if failure else measure(case, dtype, mode, args)
+                timings, others = ({}, None) if failure else measure(case, dtype, mode, args)
                 rows.append(report.Row(case.op, case.title, list(case.shape), name, mode, case.nbytes(dtype, mode),
-                                       args.allocator, timings, failure))
+                                       args.allocator, timings, failure, others))
     return report.Results(asdict(harness.environment()), rows)
 
 

@@ -21,6 +21,7 @@ LEADS = {("scaled_masked_softmax", dtype, mode): 3.0 for dtype in ("fp32", "bf16
     ("bias_gelu", "bf16", "forward"): 3.0, ("bias_gelu", "bf16", "both"): 3.0,
     ("cross_entropy", "fp32", "both"): 1.3, ("cross_entropy", "bf16", "both"): 2.0}
 PEERS = ("eager", "compile")
+BUSY = 0.05  # above this share for others, a row is not worth keeping
 BEGIN, END = "<!-- results: written by python -m benchmarks.ops --readme -->", "<!-- results end -->"
 
 
@@ -37,6 +38,7 @@ class Row:
     allocator: str
     timings: dict[str, Timing] = field(default_factory=dict)
     failure: str = ""
+    others: float | None = None  # share of the processors' time that went to other processes
 
     @property
     def times_floor(self) -> float:
@@ -98,6 +100,11 @@ class Results:
     @classmethod
     def from_json(cls, data: dict) -> Results:
         return cls(data["environment"], [Row.from_json(row) for row in data["rows"]])
+
+    @property
+    def others(self) -> float:
+        """The largest share of the processors' time that went to other processes while a row was measured."""
+        return max((row.others or 0.0 for row in self.rows), default=0.0)
 
     def described(self) -> str:
         e = self.environment
@@ -168,6 +175,9 @@ def show(results: Results) -> None:
             if row.failure:
                 out.print(f"{row.title} {row.dtype} {row.mode} is wrong, so it was not timed: {row.failure}", style="bold red")
     out.print(results.described(), style="dim", highlight=False)
+    if results.others > BUSY:
+        out.print(f"Other processes took up to {results.others:.0%} of the processors while a row was measured: parallel code "
+                  f"waits for them, so these figures say little.", style="bold yellow", highlight=False)
 
 
 def write_csv(path: Path, results: Results) -> None:
@@ -175,13 +185,14 @@ def write_csv(path: Path, results: Results) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["op", "shape", "dtype", "mode", "allocator", "contestant", "median_ms", "p20_ms", "p80_ms", "samples",
-                         "gb_per_s", "x_floor", *results.environment])
+                         "gb_per_s", "x_floor", "others", *results.environment])
         for row in results.rows:
             for name, timing in row.timings.items():
                 writer.writerow([row.op, dimensions(row), row.dtype, row.mode, row.allocator, name,
                                  *(f"{value:.5g}" for value in (timing.median, timing.p20, timing.p80)), timing.samples,
                                  f"{row.gigabytes_per_second(name):.5g}",
-                                 f"{timing.median / row.timings['floor'].median:.4g}", *results.environment.values()])
+                                 f"{timing.median / row.timings['floor'].median:.4g}",
+                                 "" if row.others is None else f"{row.others:.3f}", *results.environment.values()])
 
 
 def markdown(results: Results) -> str:
@@ -198,7 +209,13 @@ def markdown(results: Results) -> str:
 
 
 def write_readme(path: Path, results: Results) -> None:
-    """Replace what stands between the two result marks of a Markdown file; ValueError when it lacks them."""
+    """Replace what stands between the two result marks of a Markdown file.
+
+    ValueError when it lacks them, and when the results were measured on a busy machine.
+    """
+    if results.others > BUSY:
+        raise ValueError(f"these results are not for {path.name}: other processes took {results.others:.0%} of the processors "
+                         f"while they were measured, at most {BUSY:.0%} are accepted")
     text = path.read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)

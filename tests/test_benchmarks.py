@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -68,6 +71,28 @@ def test_warm_contestant_runs_right_before_it_is_timed():
     timings = interleave([cold, warm], seconds=0, min_rounds=4, warmup=0)
     assert calls.count("cold") == 4 and calls.count("warm") == 8 and timings["warm"].samples == 4
     assert "warm,warm" in ",".join(calls)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="the system keeps no account there")
+def test_others_are_seen_and_we_are_not():
+    def spin(seconds: float) -> None:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+
+    share = harness.others()
+    spin(0.5)
+    alone = share()
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        share = harness.others()
+        time.sleep(1)
+        beside = share()
+    finally:
+        busy.kill()
+        busy.wait()
+    assert beside > 0.4 / os.cpu_count()  # half of one processor at least, also where others compete for it
+    assert 0 <= alone <= 1 - 0.2 / os.cpu_count()
 
 
 def test_allocator_environment():
@@ -184,6 +209,9 @@ def test_readme_section_is_replaced(small, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     results = report.Results.from_json(json.loads((tmp_path / "r.json").read_text()))
+    busy, results = (replace(results, rows=[replace(row, others=share) for row in results.rows]) for share in (0.3, 0.01))
+    with pytest.raises(ValueError, match="took 30% of the processors"):
+        report.write_readme(readme, busy)
     report.write_readme(readme, results)
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
