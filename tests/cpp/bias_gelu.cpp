@@ -28,8 +28,8 @@ struct Case {
 void check(const Case& c) {
   for (int offset : {0, 1})
     for (bool tanh : {true, false}) {
-      describe("%s, bias %s, [%ld, %ld], tanh %d, offset %d", format(c.type).name, format(c.bias_type).name, long(c.rows), long(c.cols),
-               tanh, offset);
+      describe("%s, bias %s, [%ld, %ld], tanh %d, offset %d", format(c.type).name, format(c.bias_type).name, long(c.rows),
+               long(c.cols), tanh, offset);
       DType a = acc(c.type);
       int64_t n = c.rows * c.cols;
       Buffer x(c.type, n, offset), dy(c.type, n, offset), bias(c.bias_type, c.cols, offset);
@@ -37,14 +37,15 @@ void check(const Case& c) {
 
       std::vector<Buffer> forward = on_every_pool([&](ParallelFor pool) {
         Buffer y(c.type, n, offset), workspace(a, mk::cpu::bias_gelu_forward_workspace(c.rows, c.cols), offset);
-        mk::cpu::bias_gelu_forward({x.data(), bias.data(), y.data(), workspace.data(), c.rows, c.cols, tanh, c.type, c.bias_type}, pool);
+        mk::cpu::bias_gelu_forward({x.data(), bias.data(), y.data(), workspace.data(), c.rows, c.cols, tanh, c.type, c.bias_type},
+                                   pool);
         return list(std::move(y));
       });
       std::vector<Buffer> backward = on_every_pool([&](ParallelFor pool) {
         Buffer dx(c.type, n, offset), dbias(c.bias_type, c.cols, offset);
         Buffer workspace(a, mk::cpu::bias_gelu_backward_workspace(c.rows, c.cols), offset);
-        mk::cpu::bias_gelu_backward({dy.data(), x.data(), bias.data(), dx.data(), dbias.data(), workspace.data(), c.rows, c.cols, tanh,
-                                     c.type, c.bias_type},
+        mk::cpu::bias_gelu_backward({dy.data(), x.data(), bias.data(), dx.data(), dbias.data(), workspace.data(), c.rows, c.cols,
+                                     tanh, c.type, c.bias_type},
                                     pool);
         return list(std::move(dx), std::move(dbias));
       });
@@ -70,9 +71,8 @@ std::vector<Buffer> at(float value, bool tanh) {
   Buffer dbias(DType::f32, 1, 0), workspace(DType::f32, mk::cpu::bias_gelu_backward_workspace(1, 1), 0);
   x.set(0, value), bias.set(0, 0), one.set(0, 1);
   mk::cpu::bias_gelu_forward({x.data(), bias.data(), y.data(), workspace.data(), 1, 1, tanh, DType::f32, DType::f32}, serial);
-  mk::cpu::bias_gelu_backward({one.data(), x.data(), bias.data(), dx.data(), dbias.data(), workspace.data(), 1, 1, tanh, DType::f32,
-                               DType::f32},
-                              serial);
+  mk::cpu::bias_gelu_backward(
+      {one.data(), x.data(), bias.data(), dx.data(), dbias.data(), workspace.data(), 1, 1, tanh, DType::f32, DType::f32}, serial);
   return list(std::move(y), std::move(dx));
 }
 

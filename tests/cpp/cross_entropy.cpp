@@ -24,7 +24,11 @@ struct Problem {
   std::vector<Real> exact_lse, loss, reach;  // reach is the size of what cancels in a row's loss
 
   Problem(const Case& which, int off)
-      : c(which), offset(off), logits(c.type, c.rows * c.cols, off), dloss(acc(c.type), c.rows, off), lse(acc(c.type), c.rows, off) {
+      : c(which),
+        offset(off),
+        logits(c.type, c.rows * c.cols, off),
+        dloss(acc(c.type), c.rows, off),
+        lse(acc(c.type), c.rows, off) {
     logits.fill(1), dloss.fill(2);
     Random random{5};
     for (int64_t row = 0; row < c.rows; ++row) {
@@ -38,7 +42,8 @@ struct Problem {
       exact_lse.push_back(l);
       reach.push_back(size + fabsl(l));
       lse.set(row, double(l));
-      loss.push_back(ignored(row) ? 0 : l - (1 - c.smoothing) * x(row, target[row]) - c.smoothing / c.classes * sum + c.z_loss * l * l);
+      loss.push_back(ignored(row) ? 0
+                                  : l - (1 - c.smoothing) * x(row, target[row]) - c.smoothing / c.classes * sum + c.z_loss * l * l);
     }
   }
 
@@ -135,7 +140,8 @@ void check_backward(const Problem& p, int64_t first, int64_t last) {
       Real lse = p.exact_lse[row], prob = expl(p.x(row, j) - lse), uniform = c.smoothing / Real(c.classes), z = 2 * c.z_loss * lse;
       Real d = p.dloss[row], value = d * (prob * (1 + z) - uniform - (hit ? 1 - c.smoothing : 0));
       Real slack = p.unit() * fabsl(d) * (prob * (1 + p.reach[row]) * (1 + fabsl(z)) + uniform + hit);
-      near("dlogits", out[0], i, value, eps(c.type) * fabsl(value) + slack + tiny(c.type) + tiny(DType::f32) * fabsl(d) * (1 + fabsl(z)));
+      near("dlogits", out[0], i, value,
+           eps(c.type) * fabsl(value) + slack + tiny(c.type) + tiny(DType::f32) * fabsl(d) * (1 + fabsl(z)));
     }
 }
 
@@ -160,9 +166,8 @@ double row_loss(const std::vector<double>& values, int64_t target, double smooth
   int64_t n = int64_t(values.size()), bad_row = 1;
   Buffer logits(DType::f32, n, 0), loss(DType::f32, 1, 0), lse(DType::f32, 1, 0);
   for (int64_t j = 0; j < n; ++j) logits.set(j, values[j]);
-  mk::cpu::cross_entropy_forward({logits.data(), &target, loss.data(), lse.data(), nullptr, &bad_row, 1, n, 0, n, kIgnore, smoothing, 0,
-                                  DType::f32},
-                                 serial);
+  mk::cpu::cross_entropy_forward(
+      {logits.data(), &target, loss.data(), lse.data(), nullptr, &bad_row, 1, n, 0, n, kIgnore, smoothing, 0, DType::f32}, serial);
   return loss[0];
 }
 
@@ -202,12 +207,14 @@ TEST(targets_that_are_no_class) {
   target[11] = classes, target[9] = -1, target[30] = 1 << 20, target[5] = kIgnore;
   for (bool partial : {false, true}) {
     std::vector<Buffer> out = on_every_pool([&](ParallelFor pool) {
-      Buffer logits(DType::f32, rows * cols, 0), loss(DType::f32, rows, 0), lse(DType::f32, rows, 0), parts(DType::f32, rows * 3, 0);
+      Buffer logits(DType::f32, rows * cols, 0), loss(DType::f32, rows, 0), lse(DType::f32, rows, 0),
+          parts(DType::f32, rows * 3, 0);
       logits.fill(1);
       int64_t bad_row = rows;
-      mk::cpu::cross_entropy_forward({logits.data(), target.data(), partial ? nullptr : loss.data(), partial ? nullptr : lse.data(),
-                                      partial ? parts.data() : nullptr, &bad_row, rows, cols, 0, classes, kIgnore, 0, 0, DType::f32},
-                                     pool);
+      mk::cpu::cross_entropy_forward(
+          {logits.data(), target.data(), partial ? nullptr : loss.data(), partial ? nullptr : lse.data(),
+           partial ? parts.data() : nullptr, &bad_row, rows, cols, 0, classes, kIgnore, 0, 0, DType::f32},
+          pool);
       CHECK(bad_row == 9);
       return list(std::move(partial ? parts : loss));
     });

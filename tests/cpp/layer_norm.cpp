@@ -53,7 +53,8 @@ void check_backward(const Case& c, const Buffer& dy, const Buffer& x, const Buff
     }
     for (int64_t j = 0; j < c.cols; ++j) {
       Real g = dy[at + j] * (c.weight ? weight[j] : Real(1)), dx = rstd * (g - sum - xhat[j] * dot);
-      Real slack = arithmetic * (fabsl(g) + sum_size + fabsl(xhat[j]) * dot_size) + error[j] * dot_size + fabsl(xhat[j]) * dot_error;
+      Real slack =
+          arithmetic * (fabsl(g) + sum_size + fabsl(xhat[j]) * dot_size) + error[j] * dot_size + fabsl(xhat[j]) * dot_error;
       near("dx", out[0], at + j, dx, eps(c.type) * fabsl(dx) + rstd * slack + tiny(c.type));
     }
   }
@@ -87,10 +88,10 @@ void check(const Case& c) {
     std::vector<Buffer> backward = on_every_pool([&](ParallelFor pool) {
       Buffer dx(c.type, n, offset), dweight(c.parameter, c.cols, offset), dbias(c.parameter, c.cols, offset);
       Buffer workspace(a, mk::cpu::layer_norm_backward_workspace(c.rows, c.cols), offset);
-      mk::cpu::layer_norm_backward({dy.data(), x.data(), w, forward[1].data(), forward[2].data(), dx.data(),
-                                    c.weight ? dweight.data() : nullptr, c.bias ? dbias.data() : nullptr, workspace.data(), c.rows,
-                                    c.cols, c.type, c.parameter, c.parameter},
-                                   pool);
+      mk::cpu::layer_norm_backward(
+          {dy.data(), x.data(), w, forward[1].data(), forward[2].data(), dx.data(), c.weight ? dweight.data() : nullptr,
+           c.bias ? dbias.data() : nullptr, workspace.data(), c.rows, c.cols, c.type, c.parameter, c.parameter},
+          pool);
       return list(std::move(dx), std::move(dweight), std::move(dbias));
     });
     check_backward(c, dy, x, weight, backward);

@@ -25,7 +25,8 @@ void run(int64_t allocated, int64_t cols, ParallelFor pool) {
 }  // namespace
 
 #if defined(__SANITIZE_THREAD__)
-TEST(two_threads_on_one_row) { run(36, 36, both_threads_do_all); }
+TEST(two_threads_on_one_row) { run(32, 32, both_threads_do_all); }
 #else
-TEST(row_one_element_longer_than_its_buffer) { run(35, 36, serial); }
+// Whole vectors: AddressSanitizer does not see through the masked loads of AVX-512.
+TEST(row_one_element_longer_than_its_buffer) { run(31, 32, serial); }
 #endif

@@ -13,8 +13,13 @@ constexpr int64_t kBatch = 2, kHeads = 3;
 struct Mask {
   bool present = false, batch = false, heads = false, queries = false, keys = false;
 };
-constexpr Mask kMasks[] = {{}, {true, true, true, true, true}, {true, true, false, true, true}, {true, true, false, false, true},
-                           {true, false, false, true, true}, {true, true, true, true, false}, {true, false, false, false, true}};
+constexpr Mask kMasks[] = {{},
+                           {true, true, true, true, true},
+                           {true, true, false, true, true},
+                           {true, true, false, false, true},
+                           {true, false, false, true, true},
+                           {true, true, true, true, false},
+                           {true, false, false, false, true}};
 
 struct Case {
   DType type;
@@ -90,7 +95,8 @@ void check_backward(const Problem& p, const Buffer& dy, const Buffer& y, const B
         near("masked dx", dx, i, 0, 0);
         continue;
       }
-      Real value = c.scale * y[i] * (dy[i] - dot), terms = fabs(c.scale * y[i]) * (fabs(dy[i]) + (2 + std::min<Real>(c.keys, 512) / 32) * size);
+      Real value = c.scale * y[i] * (dy[i] - dot),
+           terms = fabs(c.scale * y[i]) * (fabs(dy[i]) + (2 + std::min<Real>(c.keys, 512) / 32) * size);
       near("dx", dx, i, value, eps(c.type) * fabsl(value) + 4 * unit * terms + flushed * (1 + fabs(dy[i]) + size));
     }
   }
@@ -109,7 +115,8 @@ void check(const Case& c) {
 
     std::vector<Buffer> forward = on_every_pool([&](ParallelFor pool) {
       Buffer y(c.type, n, offset);
-      mk::cpu::scaled_masked_softmax_forward({x.data(), p.mask, y.data(), rows, c.keys, c.queries, c.scale, c.causal, c.type}, pool);
+      mk::cpu::scaled_masked_softmax_forward({x.data(), p.mask, y.data(), rows, c.keys, c.queries, c.scale, c.causal, c.type},
+                                             pool);
       return list(std::move(y));
     });
     check_forward(p, x, forward[0]);
@@ -119,7 +126,8 @@ void check(const Case& c) {
       if (p.future(i / c.keys, i % c.keys)) y.set(i, NAN), dy.set(i, NAN);
     std::vector<Buffer> backward = on_every_pool([&](ParallelFor pool) {
       Buffer dx(c.type, n, offset);
-      mk::cpu::scaled_masked_softmax_backward({dy.data(), y.data(), dx.data(), rows, c.keys, c.queries, c.scale, c.causal, c.type}, pool);
+      mk::cpu::scaled_masked_softmax_backward({dy.data(), y.data(), dx.data(), rows, c.keys, c.queries, c.scale, c.causal, c.type},
+                                              pool);
       return list(std::move(dx));
     });
     check_backward(p, dy, y, backward[0]);
@@ -196,4 +204,6 @@ TEST(nan_spreads_over_its_row) {
 TEST(large_values_do_not_overflow) {
   Buffer y = float_row({3e38, 3e38, -3e38});
   for (int i = 0; i < 3; ++i) near("y", y, i, i < 2 ? 0.5 : 0, 0);
+  y = float_row(std::vector<double>(4, -0x1.fffffep127));  // as an additive mask of the smallest float leaves a row
+  for (int i = 0; i < 4; ++i) near("y", y, i, 0.25, 0);
 }

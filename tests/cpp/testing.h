@@ -14,8 +14,8 @@
 #include "../../csrc/parallel_for.h"
 
 // Defines a test; main.cpp runs every test of a program.
-#define TEST(name)                                      \
-  static void name();                                   \
+#define TEST(name)                                         \
+  static void name();                                      \
   static const bool name##_added = test::add(#name, name); \
   static void name()
 #define CHECK(condition) ((condition) ? void() : test::fail("%s:%d: %s", __FILE__, __LINE__, #condition))
@@ -37,7 +37,8 @@ struct Format {
   int bytes, digits, lowest;
 };
 constexpr DType kTypes[] = {DType::f32, DType::f16, DType::bf16, DType::f64};
-constexpr Format kFormats[] = {{"float32", 4, 24, -126}, {"float16", 2, 11, -14}, {"bfloat16", 2, 8, -126}, {"float64", 8, 53, -1022}};
+constexpr Format kFormats[] = {
+    {"float32", 4, 24, -126}, {"float16", 2, 11, -14}, {"bfloat16", 2, 8, -126}, {"float64", 8, 53, -1022}};
 
 inline Format format(DType type) { return kFormats[int(type)]; }
 inline Real eps(DType type) { return ldexpl(1, 1 - format(type).digits); }
@@ -95,7 +96,9 @@ class Buffer {
   int64_t size() const { return n_; }
   void* data() { return memory_.get() + offset_ * width(); }
   const void* data() const { return memory_.get() + offset_ * width(); }
-  bool operator==(const Buffer& other) const { return bytes() == other.bytes() && !memcmp(memory_.get(), other.memory_.get(), bytes()); }
+  bool operator==(const Buffer& other) const {
+    return bytes() == other.bytes() && !memcmp(memory_.get(), other.memory_.get(), bytes());
+  }
 
   double operator[](int64_t i) const {
     switch (type_) {

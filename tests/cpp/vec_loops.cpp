@@ -10,19 +10,22 @@ template <class From, class To, class F>
 void map(const From* x, To* y, int64_t n, const F& f) {
   for_each_packet<From>(0, n, [&](int64_t i, auto width) { store(y + i, f(load(x + i, width)), width); });
 }
-constexpr auto same = [](auto v) { return v; };
-constexpr auto exp_of = [](auto v) { return math::exp(v); };
-constexpr auto erfcx_of = [](auto v) { return math::erfcx(v); };
+template <class From, class To>
+void convert(const From* x, To* y, int64_t n) {
+  map(x, y, n, [](auto v) { return v; });
+}
+template <class A>
+void exp2_of(const A* x, A* y, int64_t n) {
+  map(x, y, n, [](auto v) { return math::exp2(v); });
+}
+template <class A>
+void erfcx_of(const A* x, A* y, int64_t n) {
+  map(x, y, n, [](auto v) { return math::erfcx(v); });
+}
 
 }  // namespace
 
-void load_all(const half* x, float* y, int64_t n) { map(x, y, n, same); }
-void load_all(const bfloat16* x, float* y, int64_t n) { map(x, y, n, same); }
-void store_all(const float* x, half* y, int64_t n) { map(x, y, n, same); }
-void store_all(const float* x, bfloat16* y, int64_t n) { map(x, y, n, same); }
-void exp_all(const float* x, float* y, int64_t n) { map(x, y, n, exp_of); }
-void exp_all(const double* x, double* y, int64_t n) { map(x, y, n, exp_of); }
-void erfcx_all(const float* x, float* y, int64_t n) { map(x, y, n, erfcx_of); }
-void erfcx_all(const double* x, double* y, int64_t n) { map(x, y, n, erfcx_of); }
+extern const VecLoops loops;
+const VecLoops loops = {convert, convert, convert, convert, exp2_of, erfcx_of, exp2_of, erfcx_of};
 
 }  // namespace mk::test::MK_ISA
