@@ -35,6 +35,7 @@ endif
 $(PY):
 	$(SAY) "Making a virtual environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
+	@echo '*' > $(VENV)/.gitignore
 
 # The build must see the torch it will run with, so torch comes first and the package is built without isolation.
 $(STAMP): $(SOURCES) | $(PY)
