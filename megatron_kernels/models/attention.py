@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
+from . import blocks
 from .config import GPT2Config
+from .linear import Linear
 
 if TYPE_CHECKING:
     from .generation import KVCache
@@ -25,8 +27,8 @@ class SelfAttention(nn.Module):
         self.head_dim = h // config.num_attention_heads
         self.kind = config.attention
         self.dropout = config.attention_dropout
-        self.linear_qkv = nn.Linear(h, 3 * h, device=device, dtype=dtype)
-        self.linear_proj = nn.Linear(h, h, device=device, dtype=dtype)
+        self.linear_qkv = Linear(h, 3 * h, device=device, dtype=dtype)
+        self.linear_proj = Linear(h, h, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None,
                 return_probs: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -35,10 +37,13 @@ class SelfAttention(nn.Module):
         mask is what `attention_mask_for` made for this kind of attention. With a cache, x holds the tokens after those in it.
         """
         b, s, _ = x.shape
-        q, k, v = self.linear_qkv(x).view(b, s, -1, 3, self.head_dim).transpose(1, 2).unbind(3)  # [b, heads, s, head_dim] each
+        qkv = self.linear_qkv(x).view(b, s, -1, 3, self.head_dim)
+        dropout = self.dropout if self.training else 0.0
+        if self.kind == "softmax" and cache is None and not return_probs and blocks.applies(qkv):
+            return self.linear_proj(blocks.causal_attention(qkv, mask, self.head_dim ** -0.5, dropout)), None
+        q, k, v = qkv.transpose(1, 2).unbind(3)  # [b, heads, s, head_dim] each
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        dropout = self.dropout if self.training else 0.0
         probs = None
         if self.kind == "sdpa":
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=mask is None and s > 1)

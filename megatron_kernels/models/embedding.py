@@ -1,4 +1,4 @@
-"""The token table at both ends of the model: embedding, output projection, and one gradient for the two of them.
+"""Token and position tables, and one gradient for the token table's two uses: embedding, and output projection.
 
 The table is the largest tensor of a small GPT-2, and what a training step spends outside the layers is passes over it. Autograd
 would make its gradient three times: the head's, a table of zeros with the embedding's rows added, and the sum. Here the
@@ -14,8 +14,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .config import GPT2Config
-
-_HEAD_BLOCK = 4096  # rows of the table per matrix product: a block of logits stays in cache (see project)
 
 
 class Embedding(nn.Module):
@@ -49,36 +47,3 @@ class _EmbedAndShare(torch.autograd.Function):
         ids, drows = ids.reshape(-1).long(), drows.reshape(-1, drows.shape[-1])
         # The head's product made dtable for this node alone, so it may be written. On a GPU index_put_ repeats bitwise.
         return (dtable.index_add_(0, ids, drows) if ids.is_cpu else dtable.index_put_((ids,), drows, accumulate=True)), None
-
-
-def project(hidden: Tensor, table: Tensor) -> Tensor:
-    """Logits `hidden @ table.T`: hidden [n, h], table [V, h] -> [n, V].
-
-    On a CPU the product and the table's gradient go block by block of the vocabulary. At 1024 x 1024 x 50304 in float32 on two
-    cores that raised the rate from 167 to 190 (logits) and from 176 to 200 (gradient) billion operations a second.
-    """
-    if hidden.is_cpu and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
-        return _BlockedProjection.apply(hidden, table)
-    return F.linear(hidden, table)
-
-
-class _BlockedProjection(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, table):
-        ctx.save_for_backward(hidden, table)
-        logits = hidden.new_empty(hidden.shape[0], table.shape[0])
-        for i in range(0, table.shape[0], _HEAD_BLOCK):
-            torch.mm(hidden, table[i:i + _HEAD_BLOCK].t(), out=logits[:, i:i + _HEAD_BLOCK])
-        return logits
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dlogits):
-        hidden, table = ctx.saved_tensors
-        dhidden = dlogits @ table if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return dhidden, None
-        dtable = torch.empty_like(table)
-        for i in range(0, table.shape[0], _HEAD_BLOCK):
-            torch.mm(dlogits[:, i:i + _HEAD_BLOCK].t(), hidden, out=dtable[i:i + _HEAD_BLOCK])
-        return dhidden, dtable

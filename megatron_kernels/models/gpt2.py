@@ -20,8 +20,9 @@ from .. import ops
 from ..nn import LayerNorm
 from .attention import SelfAttention, attention_mask_for
 from .config import GPT2Config
-from .embedding import Embedding, project
+from .embedding import Embedding
 from .generation import KVCache, generate
+from .linear import Linear, linear, project
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -34,12 +35,12 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPT2Config, device=None, dtype=None):
         super().__init__()
-        self.linear_fc1 = nn.Linear(config.hidden_size, config.ffn_hidden_size, device=device, dtype=dtype)
-        self.linear_fc2 = nn.Linear(config.ffn_hidden_size, config.hidden_size, device=device, dtype=dtype)
+        self.linear_fc1 = Linear(config.hidden_size, config.ffn_hidden_size, device=device, dtype=dtype)
+        self.linear_fc2 = Linear(config.ffn_hidden_size, config.hidden_size, device=device, dtype=dtype)
         self.approximate = config.gelu_approximate
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_fc2(ops.bias_gelu(F.linear(x, self.linear_fc1.weight), self.linear_fc1.bias, self.approximate))
+        return self.linear_fc2(ops.bias_gelu(linear(x, self.linear_fc1.weight), self.linear_fc1.bias, self.approximate))
 
 
 class Layer(nn.Module):
