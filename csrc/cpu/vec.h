@@ -255,8 +255,12 @@ MK_FN typename Simd<A>::I load_mask(const uint8_t* p, Part part) {
   return load_mask<A>(copy, Whole{});
 }
 
+// Adds halves, then quarters, and so on.
 template <class A>
 MK_FN A sum_lanes(vec_t<A> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) return _mm512_reduce_add_ps((__m512)v);
+#endif
   A lanes[Simd<A>::kLanes];
   __builtin_memcpy(lanes, &v, sizeof v);
   for (int step = Simd<A>::kLanes / 2; step > 0; step /= 2)
