@@ -7,11 +7,13 @@ Ends with 1 if a break survives on every instruction set of this processor, with
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,22 +106,45 @@ def misfits(root: Path = ROOT) -> list[str]:
     return [f"{mutation.file}: occurs {count} times, must once: {mutation.old}" for mutation, count in counts if count != 1]
 
 
-def build(tree: Path, program: str) -> None:
-    done = subprocess.run(["cmake", "--build", tree / "build", "--target", f"test_{program}"], env=ENVIRONMENT, text=True,
+@contextlib.contextmanager
+def broken(path: Path, mutation: Mutation) -> Iterator[None]:
+    """The file with its line broken; afterwards as before, time stamp too, so that only what was built meanwhile is new."""
+    before, text = path.stat(), path.read_text(encoding="utf-8")
+    path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+    try:
+        yield
+    finally:
+        path.write_text(text, encoding="utf-8")
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def build(tree: Path, target: str) -> None:
+    done = subprocess.run(["cmake", "--build", tree / "build", "--target", target], env=ENVIRONMENT, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
-        sys.exit(f"does not compile:\n{done.stdout[-3000:]}")
+        sys.exit(f"{target} can't be built:\n{done.stdout[-3000:]}")
 
 
-def noticed(tree: Path, program: str, instruction_sets: list[str]) -> str:
-    """The first instruction set on which the test fails, or nothing."""
+def fails(tree: Path, program: str, isa: str) -> bool:
+    command = [tree / "build" / f"test_{program}", isa]
+    try:
+        code = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=TIMEOUT).returncode
+    except subprocess.TimeoutExpired:
+        return True
+    return code not in (0, LACKS_INSTRUCTION_SET)
+
+
+def noticed(tree: Path, mutation: Mutation, instruction_sets: list[str]) -> str:
+    """The first instruction set on which the test fails, or nothing. Only that one object is compiled anew."""
+    source = "tests/cpp/vec_loops" if mutation.program == "vec" else f"csrc/cpu/{mutation.program}"
     for isa in instruction_sets:
-        try:
-            code = subprocess.run([tree / "build" / f"test_{program}", isa], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                  timeout=TIMEOUT).returncode
-        except subprocess.TimeoutExpired:
-            return isa
-        if code not in (0, LACKS_INSTRUCTION_SET):
+        target = f"CMakeFiles/kernels_{isa}.dir/{source}.cpp.o"
+        with broken(tree / "csrc" / mutation.file, mutation):
+            build(tree, target)
+        build(tree, f"test_{mutation.program}")
+        failed = fails(tree, mutation.program, isa)
+        (tree / "build" / target).unlink()
+        if failed:
             return isa
     return ""
 
@@ -129,7 +154,7 @@ def main(words: list[str]) -> int:
         print("Lines to break that are no longer there; mend tests/mutations.py:", *wrong, sep="\n  ")
         return 2
     chosen = [mutation for mutation in MUTATIONS if not words or any(word in str(mutation) for word in words)]
-    survivors = []
+    survivors = 0
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         shutil.copytree(ROOT / "csrc", tree / "csrc")
@@ -140,21 +165,15 @@ def main(words: list[str]) -> int:
         kernels = sorted((tree / "build/CMakeFiles").glob("kernels_*.dir"))
         instruction_sets = [path.stem.removeprefix("kernels_") for path in kernels]
         for program in sorted({mutation.program for mutation in chosen}):
-            build(tree, program)
-            if isa := noticed(tree, program, instruction_sets):
-                print(f"test_{program} fails on {isa} with nothing broken")
+            build(tree, f"test_{program}")
+            if failing := [isa for isa in instruction_sets if fails(tree, program, isa)]:
+                print(f"test_{program} fails on {', '.join(failing)} with nothing broken")
                 return 1
         for mutation in chosen:
-            path = tree / "csrc" / mutation.file
-            text = path.read_text(encoding="utf-8")
-            path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
-            build(tree, mutation.program)
-            isa = noticed(tree, mutation.program, instruction_sets)
-            path.write_text(text, encoding="utf-8")
+            isa = noticed(tree, mutation, instruction_sets)
+            survivors += not isa
             print(f"{'noticed on ' + isa if isa else 'SURVIVED':22} {mutation}", flush=True)
-            if not isa:
-                survivors.append(mutation)
-    print(f"{len(chosen) - len(survivors)} of {len(chosen)} noticed")
+    print(f"{len(chosen) - survivors} of {len(chosen)} noticed")
     return 1 if survivors else 0
 
 
