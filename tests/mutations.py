@@ -45,7 +45,8 @@ MUTATIONS = [
     Mutation(SOFTMAX, "clear(y + n, a.cols - n);", ""),
     Mutation(SOFTMAX, "clear(dx + n, a.cols - n);", ""),
     # Masks: negated, the wrong row's, a whole row's taken for no mask.
-    Mutation(SOFTMAX, "count += mask[j] == 0", "count += mask[j] != 0"),
+    Mutation(SOFTMAX, "scale < 0 ? A(-1) : A(1)", "A(1)"),
+    Mutation(SOFTMAX, "(load(x + j, width) - pivot) * factor", "load(x + j, width) * factor"),
     Mutation(SOFTMAX, "select(load_mask<A>(mask + j, width), otherwise, v)", "select(load_mask<A>(mask + j, width), v, otherwise)"),
     Mutation(SOFTMAX, "row /= mask.size[d];", ""),
     Mutation(SOFTMAX, "(whole_row && *mask)", "(whole_row && !*mask)"),
@@ -69,7 +70,7 @@ MUTATIONS = [
     Mutation(NORM, "(a.bias, a.bias_dtype, a.cols, A(0), bias)", "(a.bias, a.bias_dtype, a.cols, A(1), bias)"),
     Mutation(NORM, "j < 2 * a.cols; ++j) dweight[j] = 0;", "j < a.cols; ++j) dweight[j] = 0;"),
     Mutation(NORM, "A* dweight = partials + b * 2 * a.cols;", "A* dweight = partials + b * a.cols;"),  # blocks overlap
-    Mutation(NORM, "dots += g * xhat;", "dots += d * xhat;"),
+    Mutation(NORM, "dots += g * keep(xhat, V{}, width);", "dots += d * xhat;"),
     Mutation(NORM, "rstd * (g - sum - xhat * dot)", "rstd * (g - sum + xhat * dot)"),
     Mutation(NORM, "sum_partials(pf, partials + a.cols,", "sum_partials(pf, partials,"),
     Mutation("cpu/rows.h", "rows / blocks * block + min(block, rows % blocks)", "rows / blocks * block", "layer_norm"),

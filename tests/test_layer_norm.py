@@ -76,6 +76,15 @@ def test_constant_row_gives_the_bias(implementation, poisoned):
     assert torch.equal(y, torch.arange(50.0).expand(2, 50))
 
 
+def test_large_constant_row(implementation, poisoned):
+    """(0 - mean) * rstd overflows, which must not reach the sums from beyond the row's end."""
+    x = torch.full((2, 5), 1e36)
+    y, mean, rstd = torch.ops.megatron_kernels.layer_norm_forward(x, None, None, 1e-5)
+    dx, _, _ = torch.ops.megatron_kernels.layer_norm_backward(torch.ones_like(x), x, None, None, mean, rstd)
+    assert torch.equal(y, torch.zeros_like(x))
+    assert torch.equal(dx, torch.zeros_like(x))
+
+
 def test_eps_is_used(implementation):
     x = randn(4, 40, seed=0, dtype=torch.float32)
     check(x, None, None, epsilon=0.7)

@@ -106,6 +106,16 @@ def test_values_that_have_no_softmax_give_nan(implementation):
     assert mk.scaled_masked_softmax(torch.tensor([[0.0, math.nan, 1.0]])).isnan().all()
 
 
+@pytest.mark.parametrize("scale", [0.3, -0.3, 4.0])
+def test_largest_finite_values(implementation, scale):
+    """Additive masks put the dtype's minimum into scores; a row of nothing else is uniform."""
+    low = torch.finfo(torch.float32).min
+    for row in ([low] * 5, [-low, -low, low], [low, 0.0, 1.0], [low, -low] * 20):
+        x = torch.tensor([row])
+        exact = torch.softmax(x.double() * scale, -1)
+        assert_within(mk.scaled_masked_softmax(x, scale=scale), exact, 1e-6, "y")
+
+
 def test_scale_is_not_rounded(implementation):
     x = torch.tensor([[0.0, 96.0]], dtype=torch.bfloat16)
     scale = 1 / 96 ** 0.5  # rounding this to bfloat16 would move the exponent's argument by 0.02 and the first value by 2%

@@ -59,8 +59,8 @@ void backward(const LayerNormBackward& a, ParallelFor pf) {
           V d = load(dy + j, width), xhat = (load(x + j, width) - mean) * rstd, g = d * load(weight + j, width);
           store(dweight + j, load(dweight + j, width) + d * xhat, width);
           store(dbias + j, load(dbias + j, width) + d, width);
-          sums += g;  // lanes beyond the row are 0 because dy is
-          dots += g * xhat;
+          sums += g;  // lanes beyond the row are 0 because dy reads as 0 there
+          dots += g * keep(xhat, V{}, width);
         });
         A sum = sum_lanes<A>(sums) / A(a.cols), dot = sum_lanes<A>(dots) / A(a.cols);
         for_each_packet<T>(0, a.cols, [&](int64_t j, auto width) {

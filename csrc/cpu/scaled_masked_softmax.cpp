@@ -33,21 +33,16 @@ void forward_row(const T* x, const uint8_t* mask, T* y, int64_t n, acc_t<T> scal
     if constexpr (kMasked) v = select(load_mask<A>(mask + j, width), otherwise, v);
     return keep(v, otherwise, width);
   };
-  if constexpr (kMasked) {
-    int64_t count = 0;
-    for (int64_t j = 0; j < n; ++j) count += mask[j] == 0;
-    if (!count) return clear(y, n);
-  }
-  A factor = scale * kLog2e<A>;  // exponentials to base 2
-  auto score = [&](int64_t j, auto width) { return load(x + j, width) * factor; };
+  // scale * (x - pivot) cannot overflow to +inf, scale * x can: pivot is the x that scale * x is largest at.
+  A sign = scale < 0 ? A(-1) : A(1), factor = scale * kLog2e<A>;
   V tops = broadcast(-kInfinity<A>);
   for_each_packet<T>(0, n, [&](int64_t j, auto width) {
-    V z = live(score(j, width), tops, j, width);
+    V z = live(load(x + j, width) * sign, tops, j, width);
     tops = select(z > tops, z, tops);
   });
-  A top = max_lanes<A>(tops);
+  A pivot = max_lanes<A>(tops) * sign;
 
-  auto exponential = [&](int64_t j, auto width) { return live(math::exp2(score(j, width) - top), V{}, j, width); };
+  auto exponential = [&](int64_t j, auto width) { return live(math::exp2((load(x + j, width) - pivot) * factor), V{}, j, width); };
   if (n <= kBuffer) {
     alignas(kVectorBytes) A e[kBuffer + kLanes<T>];  // whole packets, also at the tail
     A inverse = A(1) / sum_of<T>(n, [&](int64_t j, auto width) {

@@ -191,7 +191,7 @@ MK_FN vec_t<float> widen<half>(raw_t<half> raw) {
 #endif
 }
 
-// Rounds to nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even; NaN stays NaN. AVX-512's own bfloat16 rounding gives 0 for subnormal results.
 template <class T>
 MK_FN raw_t<T> narrow(vec_t<acc_t<T>> v) {
   return v;
