@@ -134,12 +134,12 @@ void check(const Case& c) {
   }
 }
 
-Buffer float_row(const std::vector<double>& values, std::vector<uint8_t> masked = {}) {
+Buffer float_row(const std::vector<double>& values, std::vector<uint8_t> masked = {}, double scale = 1) {
   int64_t n = int64_t(values.size());
   Buffer x(DType::f32, n, 0), y(DType::f32, n, 0);
   for (int64_t i = 0; i < n; ++i) x.set(i, values[i]);
   mk::RowMask mask = {masked.empty() ? nullptr : masked.data(), 0, {}, {}, 1};
-  mk::cpu::scaled_masked_softmax_forward({x.data(), mask, y.data(), 1, n, 1, 1, false, DType::f32}, serial);
+  mk::cpu::scaled_masked_softmax_forward({x.data(), mask, y.data(), 1, n, 1, scale, false, DType::f32}, serial);
   return y;
 }
 
@@ -177,6 +177,17 @@ TEST(masks_broadcast) {
 TEST(scales) {
   for (DType type : kTypes)
     for (double scale : {1., -0.7, 0., 0.1234567890123}) check({type, 2, 50, {}, false, scale});
+}
+
+TEST(largest_finite_values) {
+  const double big = 3e38;
+  for (double scale : {4., -4.}) {
+    describe("scale %g", scale);
+    Buffer y = float_row({big, -big, big, 0}, {}, scale);
+    for (int i = 0; i < 4; ++i) near("y", y, i, scale > 0 ? (i % 2 ? 0 : 0.5) : i == 1, 1e-6);
+    y = float_row({-big, -big, -big}, {}, scale);
+    for (int i = 0; i < 3; ++i) near("y", y, i, 1. / 3, 1e-6);
+  }
 }
 
 TEST(dead_rows_are_decided_by_the_mask_alone) {
