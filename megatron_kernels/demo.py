@@ -35,7 +35,7 @@ _SKIPPED = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2t
 _EXPECTED = (SyntaxError, ValueError, UnicodeError, RecursionError)
 
 
-def main(out: str | Path | None = None, *, steps: int = 400, compiled: bool = True, console: Console | None = None) -> None:
+def main(out: str | Path | None = None, *, steps: int = 600, compiled: bool = True, console: Console | None = None) -> None:
     """Run the demo and print what happens.
 
     Args:
@@ -179,10 +179,10 @@ def save_and_load(model: GPT2, ids: Tensor, root: Path, console: Console) -> GPT
 def write_text(model: GPT2, tokenizer: Any, prompt: str, console: Console) -> None:
     console.rule("Writing")
     ids = torch.tensor([tokenizer.encode(prompt).ids])
-    drawn: dict[str, Any] = {"do_sample": True, "top_p": 0.9, "temperature": 0.8, "seed": 1}
-    for title, options in (("greedy", {}), ("drawn, top-p 0.9", drawn)):
-        row = model.generate(ids, max_new_tokens=60, eos_token_id=model.config.eos_token_id, **options)[0].tolist()
-        console.print(f"[bold]{title}:[/bold] ", end="")
+    for seed in (1, 2):
+        row = model.generate(ids, max_new_tokens=60, do_sample=True, top_p=0.9, temperature=0.7, seed=seed,
+                             eos_token_id=model.config.eos_token_id)[0].tolist()
+        console.print(f"[bold]temperature 0.7, top-p 0.9, seed {seed}:[/bold] ", end="")
         _say(console, tokenizer.decode(row))
 
 
