@@ -116,6 +116,15 @@ def test_largest_finite_values(implementation, scale):
         assert_within(mk.scaled_masked_softmax(x, scale=scale), exact, 1e-6, "y")
 
 
+@pytest.mark.parametrize("last", [80.0, 3e3, 3e38])
+def test_maximum_far_from_the_first_columns(implementation, last):
+    for cols in (20, 50, 9000):
+        x = torch.randn(2, cols, generator=torch.Generator().manual_seed(0))
+        x[:, -1] = last
+        check(x, scale=1.0)
+        check(x, torch.arange(cols) < 40 if cols > 40 else None, scale=1.0)
+
+
 def test_scale_is_not_rounded(implementation):
     x = torch.tensor([[0.0, 96.0]], dtype=torch.bfloat16)
     scale = 1 / 96 ** 0.5  # rounding this to bfloat16 would move the exponent's argument by 0.02 and the first value by 2%

@@ -1,5 +1,7 @@
-// Softmax of a row that fits in cache: the maximum, then exp and its sum into a float buffer, then one scaled write. A row too long
-// for the buffer computes exp twice instead. Moves 2T bytes per element forward and 3T backward; causal rows stop at the diagonal.
+// Softmax in two passes over a row: exponentials relative to a pivot and their sum, kept in a float buffer, then one scaled write.
+// The pivot is a guess at the maximum, which is looked for on the way; a row where the guess was far off is done again. A row too
+// long for the buffer computes exp twice instead. Moves 2T bytes per element forward and 3T backward; causal rows stop at the
+// diagonal.
 #include "../scaled_masked_softmax.h"
 
 #include "rows.h"
@@ -33,30 +35,41 @@ void forward_row(const T* x, const uint8_t* mask, T* y, int64_t n, acc_t<T> scal
     if constexpr (kMasked) v = select(load_mask<A>(mask + j, width), otherwise, v);
     return keep(v, otherwise, width);
   };
-  // scale * (x - pivot) cannot overflow to +inf, scale * x can: pivot is the x that scale * x is largest at.
   A sign = scale < 0 ? A(-1) : A(1), factor = scale * kLog2e<A>;
   V tops = broadcast(-kInfinity<A>);
-  for_each_packet<T>(0, n, [&](int64_t j, auto width) {
+  auto raise = [&](int64_t j, auto width) {
     V z = live(load(x + j, width) * sign, tops, j, width);
     tops = select(z > tops, z, tops);
-  });
-  A pivot = max_lanes<A>(tops) * sign;
+  };
+  // Any pivot near the maximum will do, and the first packet's usually is one. scale * (x - pivot) cannot overflow to infinity for
+  // finite x, as scale * x can.
+  for_each_packet<T>(0, min<int64_t>(n, kLanes<T>), raise);
+  A top = max_lanes<A>(tops);
 
-  auto exponential = [&](int64_t j, auto width) { return live(math::exp2((load(x + j, width) - pivot) * factor), V{}, j, width); };
-  if (n <= kBuffer) {
-    alignas(kVectorBytes) A e[kBuffer + kLanes<T>];  // whole packets, also at the tail
-    A inverse = A(1) / sum_of<T>(n, [&](int64_t j, auto width) {
-                  V v = exponential(j, width);
-                  store(e + j, v, Whole{});
-                  return v;
-                });
+  auto exponential = [&](int64_t j, auto width) {
+    return live(math::exp2((load(x + j, width) - top * sign) * factor), V{}, j, width);
+  };
+  bool buffered = n <= kBuffer;
+  alignas(kVectorBytes) A e[kBuffer + kLanes<T>];  // whole packets, also at the tail
+  A sum;
+  for (;;) {
+    sum = sum_of<T>(n, [&](int64_t j, auto width) {
+      V v = exponential(j, width);
+      raise(j, width);
+      if (buffered) store(e + j, v, Whole{});
+      return v;
+    });
+    A found = max_lanes<A>(tops);
+    if (!((found - top) * sign * factor > A(64))) break;  // 2^64 times kBuffer is far from overflow
+    top = found;
+  }
+  A inverse = A(1) / sum;
+  if (buffered)
     for_each_packet<T>(0, n,
                        [&](int64_t j, auto width) { store(y + j, live(load(e + j, Whole{}) * inverse, V{}, j, width), width); });
-  } else {
-    A inverse = A(1) / sum_of<T>(n, exponential);
+  else
     for_each_packet<T>(0, n,
                        [&](int64_t j, auto width) { store(y + j, live(exponential(j, width) * inverse, V{}, j, width), width); });
-  }
 }
 
 template <class T>

@@ -190,6 +190,17 @@ TEST(largest_finite_values) {
   }
 }
 
+TEST(maximum_far_from_the_first_packet) {
+  for (int64_t n : {20, 40, 9000})
+    for (double low : {-5., -double(INFINITY)}) {
+      describe("%ld columns, %g before the last two", long(n), low);
+      std::vector<double> values(n, low);
+      values[n - 1] = values[n - 2] = 2000;
+      Buffer y = float_row(values);
+      for (int64_t i = 0; i < n; ++i) near("y", y, i, i < n - 2 ? 0 : 0.5, 1e-6);
+    }
+}
+
 TEST(dead_rows_are_decided_by_the_mask_alone) {
   Buffer y = float_row({-INFINITY, -INFINITY, -INFINITY});
   for (int i = 0; i < 3; ++i) near("y", y, i, NAN, 0);
