@@ -11,6 +11,13 @@ MK_FN void clear(T* first, int64_t n) {
   __builtin_memset(first, 0, size_t(n) * sizeof(T));
 }
 
+// Brings the packet at p into the second-level cache. Hardware prefetchers follow a stream, and lose it where a causal row ends;
+// into the first-level cache this would fight with the stores. Never faults, so p may lie beyond the tensor.
+template <class T>
+MK_FN void prefetch(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
 // Rows whose work is too small to share are run by one thread.
 constexpr int64_t kGrainElements = 16384;
 

@@ -25,9 +25,9 @@ int64_t live_columns(bool causal, int64_t row, int64_t queries, int64_t cols) {
   return causal ? max<int64_t>(0, min(cols, row % queries + cols - queries + 1)) : cols;
 }
 
-// One row's first n columns. `mask` is read where kMasked.
+// One row's first n columns. `mask` is read where kMasked; `next` is the row to come.
 template <class T, bool kMasked>
-void forward_row(const T* x, const uint8_t* mask, T* y, int64_t n, acc_t<T> scale) {
+void forward_row(const T* x, const uint8_t* mask, T* y, int64_t n, acc_t<T> scale, const T* next) {
   using A = acc_t<T>;
   using V = vec_t<A>;
   // v where the position takes part, else `otherwise`.
@@ -65,8 +65,10 @@ void forward_row(const T* x, const uint8_t* mask, T* y, int64_t n, acc_t<T> scal
   }
   A inverse = A(1) / sum;
   if (buffered)
-    for_each_packet<T>(0, n,
-                       [&](int64_t j, auto width) { store(y + j, live(load(e + j, Whole{}) * inverse, V{}, j, width), width); });
+    for_each_packet<T>(0, n, [&](int64_t j, auto width) {
+      prefetch(next + j);
+      store(y + j, live(load(e + j, Whole{}) * inverse, V{}, j, width), width);
+    });
   else
     for_each_packet<T>(0, n,
                        [&](int64_t j, auto width) { store(y + j, live(exponential(j, width) * inverse, V{}, j, width), width); });
@@ -86,9 +88,9 @@ void forward(const SoftmaxForward& a, ParallelFor pf) {
         continue;
       }
       if (mask && !whole_row)
-        forward_row<T, true>(x, mask, y, n, acc_t<T>(a.scale));
+        forward_row<T, true>(x, mask, y, n, acc_t<T>(a.scale), x + a.cols);
       else
-        forward_row<T, false>(x, nullptr, y, n, acc_t<T>(a.scale));
+        forward_row<T, false>(x, nullptr, y, n, acc_t<T>(a.scale), x + a.cols);
       clear(y + n, a.cols - n);
     }
   });
