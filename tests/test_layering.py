@@ -88,7 +88,8 @@ def sources_include_their_contract_first(root: Path) -> list[str]:
 
 def cuda_is_written_in_the_dialect(root: Path) -> list[str]:
     """What only nvcc understands stays out of the kernels: g++ compiles them too, to run them on the host."""
-    return [f"{name}: {found}" for name, text in files(root, ".cu", ".h", under="csrc/cuda/")
+    sources = [source for under in ("csrc/cuda/", "csrc/simt/", "tests/") for source in files(root, ".cu", ".h", under=under)]
+    return [f"{name}: {found}" for name, text in sources if name != "csrc/simt/nvcc.h"
             for found in re.findall(r"<<<|__shared__|\b__?asm\b|\basm\b|__CUDA_ARCH__", code_only(text))]
 
 

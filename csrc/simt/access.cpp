@@ -12,7 +12,8 @@ struct Sparse {
   T* data = nullptr;
   int64_t n = 0;
   void allocate(int64_t count) {
-    void* memory = mmap(nullptr, size_t(count) * sizeof(T), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, size_t(count) * sizeof(T), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) return;
     data = static_cast<T*>(memory);
     n = count;
@@ -97,8 +98,8 @@ void enter(Region& r, const char* p, int bytes, bool writing, Site site) {
     if (writing && r.writer.data) {
       Access& writer = r.writer.data[i];
       if (writer.happened())
-        report(Kind::written_twice, here.thread, site, {name, i}, "stores element %ld of %s, which block %u, thread %d wrote already",
-               long(i), name, writer.block, writer.thread());
+        report(Kind::written_twice, here.thread, site, {name, i},
+               "stores element %ld of %s, which block %u, thread %d wrote already", long(i), name, writer.block, writer.thread());
       writer = me;
     }
     if (!r.shared_cells) continue;
@@ -154,7 +155,8 @@ bool touch_shared(SharedArray handle, int i, bool writing, Site site) {
   }
   Cell& cell = a.cells[size_t(i)];
   if (!writing && !cell.write.happened())
-    report(Kind::uninitialised_shared, here.thread, site, {a.name, i}, "loads element %d of %s, which nobody has written", i, a.name);
+    report(Kind::uninitialised_shared, here.thread, site, {a.name, i}, "loads element %d of %s, which nobody has written", i,
+           a.name);
   Access clash = cell.enter(now(), writing);
   if (clash.happened())
     report(Kind::shared_race, here.thread, site, {a.name, i}, "%s element %d of %s, no barrier after thread %d used it",
@@ -171,7 +173,8 @@ void begin_launch(std::initializer_list<Tensor> tensors) {
     if (!r.tensor.readable) r.writer.allocate(r.tensor.elements);
     std::vector<Region*> others;
     for (Region& other : regions) {
-      if (&other == &r || other.tensor.data >= r.tensor.data + r.bytes() || r.tensor.data >= other.tensor.data + other.bytes()) continue;
+      if (&other == &r || other.tensor.data >= r.tensor.data + r.bytes() || r.tensor.data >= other.tensor.data + other.bytes())
+        continue;
       if (other.tensor.data == r.tensor.data && other.tensor.elements == r.tensor.elements && other.tensor.size == r.tensor.size &&
           !other.tensor.writable)
         others.push_back(&other);

@@ -122,7 +122,8 @@ mk_simt_switch:
 extern "C" void mk_simt_switch(void** save, void* load);
 
 void prepare(Fiber& fiber, void (*entry)()) {
-  // From the top: nothing to return to, `entry`, six registers, the control words. A function begins 8 bytes below a multiple of 16.
+  // From the top: nothing to return to, `entry`, six registers, the control words. A function begins 8 bytes below a multiple
+  // of 16.
   void** top = reinterpret_cast<void**>(fiber.stack + fiber.bytes) - 1;
   *top = nullptr;
   *--top = reinterpret_cast<void*>(entry);

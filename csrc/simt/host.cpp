@@ -103,7 +103,8 @@ void release_warp(int number, int running) {
   int first = __builtin_ctz(w.waiting);
   for (uint32_t left = w.waiting; left; left &= left - 1) {
     const Thread& t = lanes[__builtin_ctz(left)];
-    if (t.site.line == lanes[first].site.line && t.argument == lanes[first].argument && !strcmp(t.site.file, lanes[first].site.file))
+    if (t.site.line == lanes[first].site.line && t.argument == lanes[first].argument &&
+        !strcmp(t.site.file, lanes[first].site.file))
       continue;
     report_divergence(Kind::divergent_shuffle, number * 32 + first, number * 32 + __builtin_ctz(left));
     break;
@@ -213,9 +214,7 @@ void run_block(int64_t number) {
 
 }  // namespace
 
-Access now() {
-  return {uint32_t(here.block), uint32_t(here.thread) + 1, the_block.barriers, warps[here.thread / 32].barriers};
-}
+Access now() { return {uint32_t(here.block), uint32_t(here.thread) + 1, the_block.barriers, warps[here.thread / 32].barriers}; }
 
 void sync_block(Site site) {
   int me = here.thread;

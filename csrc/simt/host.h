@@ -13,8 +13,8 @@
 #define MK_KERNEL static
 #define MK_MAX_THREADS(...)
 #define MK_UNROLL
-#define MK_SHARED(type, name, count)                                                                                     \
-  ::mk::simt::Shared<type> name {                                                                                        \
+#define MK_SHARED(type, name, count)                                                                           \
+  ::mk::simt::Shared<type> name {                                                                              \
     ::mk::simt::host::shared_array(#name, int(count), int(sizeof(type)), ::mk::simt::Site(__FILE__, __LINE__)) \
   }
 
@@ -36,8 +36,9 @@ struct Site {
   constexpr Site(const char* f = __builtin_FILE(), int l = __builtin_LINE()) : file(f), line(l) {}
 };
 
-// What a kernel may do with a tensor of n elements. `writes` is for outputs, each element of which is written exactly once and never
-// read; `updates` for memory that threads read and write as they like, as long as no two touch an element without a barrier between.
+// What a kernel may do with a tensor of n elements. `writes` is for outputs, each element of which is written exactly once and
+// never read; `updates` for memory that threads read and write as they like, as long as no two touch an element without a barrier
+// between.
 struct Tensor {
   const char* name;
   char* data;

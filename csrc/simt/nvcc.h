@@ -17,7 +17,7 @@
 #define MK_UNROLL _Pragma("unroll")
 
 // A shared array: `count` elements of `type`, of unknown value at first, as a Shared<type> called `name`.
-#define MK_SHARED(type, name, count)                                         \
+#define MK_SHARED(type, name, count)                                           \
   __shared__ __align__(16) unsigned char name##_bytes[sizeof(type) * (count)]; \
   ::mk::simt::Shared<type> name { reinterpret_cast<type*>(name##_bytes) }
 

@@ -21,9 +21,19 @@ Options& options() {
 }
 
 const char* name(Kind kind) {
-  static const char* const names[] = {"divergent barrier", "divergent shuffle", "uninitialised shared memory", "race in shared memory",
-                                      "outside a shared array", "outside every tensor", "misaligned", "store into an input",
-                                      "load from an output", "written twice", "not written", "race in a tensor", "bad launch"};
+  static const char* const names[] = {"divergent barrier",
+                                      "divergent shuffle",
+                                      "uninitialised shared memory",
+                                      "race in shared memory",
+                                      "outside a shared array",
+                                      "outside every tensor",
+                                      "misaligned",
+                                      "store into an input",
+                                      "load from an output",
+                                      "written twice",
+                                      "not written",
+                                      "race in a tensor",
+                                      "bad launch"};
   return names[int(kind)];
 }
 
@@ -72,8 +82,7 @@ std::vector<Traffic> take_traffic() { return std::exchange(traffic, {}); }
 
 std::string describe(const Finding& f) {
   std::string place = f.thread < 0 ? "" : "block " + std::to_string(f.block) + ", thread " + std::to_string(f.thread) + ": ";
-  return f.kernel + ": " + name(f.kind) + ": " + place + f.what +
-         (f.times > 1 ? ", " + std::to_string(f.times) + " times" : "");
+  return f.kernel + ": " + name(f.kind) + ": " + place + f.what + (f.times > 1 ? ", " + std::to_string(f.times) + " times" : "");
 }
 
 }  // namespace mk::simt::host

@@ -1,5 +1,5 @@
-// The finder is tested by bugs: one kernel, right where kBug is none, and wrong in one place for each other value. Every bug must be
-// reported by its kind and place, in every order of threads, and the right kernel must give right numbers and nothing to report.
+// The finder is tested by bugs: one kernel, right where kBug is none, and wrong in one place for each other value. Every bug must
+// be reported by its kind and place, in every order of threads; the right kernel must give right numbers and nothing to report.
 #include <sys/mman.h>
 
 #include "../../csrc/simt/simt.h"
@@ -10,8 +10,8 @@ using namespace mk::simt;
 using test::begin;
 using test::describe;
 using test::fail;
-using test::kSeeds;
 using test::Kind;
+using test::kSeeds;
 
 namespace {
 
@@ -68,7 +68,8 @@ MK_KERNEL void scale_by_sum_kernel(const T* x, T* y, float* work, int64_t cols) 
   } else {
     sum = warp_reduce(sum, Sum{});
   }
-  if (lane() == 0 && !(kBug == shared_not_written && warp() == 2)) parts.set(warp() + (kBug == shared_one_too_long && warp() == 3), sum);
+  if (lane() == 0 && !(kBug == shared_not_written && warp() == 2))
+    parts.set(warp() + (kBug == shared_one_too_long && warp() == 3), sum);
   if (kBug == barrier_in_a_branch) {
     if (warp() < 2) sync_block();
   } else if (kBug == two_barriers_in_branches) {
@@ -124,15 +125,17 @@ Run run(uint64_t seed) {
   test::Options options;
   options.seed = seed;
   begin(options);
-  test::Buffer x(sizeof(T) == 4 ? DType::f32 : DType::bf16, kRows * kCols, 0), y(sizeof(T) == 4 ? DType::f32 : DType::bf16, kRows * kCols, 0);
+  test::Buffer x(sizeof(T) == 4 ? DType::f32 : DType::bf16, kRows * kCols, 0),
+      y(sizeof(T) == 4 ? DType::f32 : DType::bf16, kRows * kCols, 0);
   for (int64_t i = 0; i < x.size(); ++i) x.set(i, double(i % 5) / 4);
   Run out;
   out.work.assign(kRows * 2, 0.f);
   T* to = static_cast<T*>(y.data());
   const T* from = static_cast<const T*>(x.data());
   float* work = out.work.data();
-  const char* error = launch("scale_by_sum", {reads("x", from, x.size()), writes("y", to, y.size()), updates("work", work, kRows * 2)}, kRows,
-                             kThreads, nullptr, scale_by_sum_kernel<kBug, T, W>, from, to, work, int64_t(kCols));
+  const char* error =
+      launch("scale_by_sum", {reads("x", from, x.size()), writes("y", to, y.size()), updates("work", work, kRows * 2)}, kRows,
+             kThreads, nullptr, scale_by_sum_kernel<kBug, T, W>, from, to, work, int64_t(kCols));
   test::expect_ok(error);
   for (int64_t i = 0; i < y.size(); ++i) out.y.push_back(float(y[i]));
   out.findings = simt::host::take_findings();
@@ -153,12 +156,14 @@ void expect(const Expected& e) {
     Run r = run<kBug>(seed);
     bool found = false;
     for (const test::Finding& f : r.findings)
-      found |= f.kind == e.kind && f.kernel == "scale_by_sum" && f.tensor == e.tensor && (e.element < 0 || f.element == e.element) &&
-               (e.block < 0 || f.block == e.block) && (e.thread < 0 || f.thread == e.thread) &&
+      found |= f.kind == e.kind && f.kernel == "scale_by_sum" && f.tensor == e.tensor &&
+               (e.element < 0 || f.element == e.element) && (e.block < 0 || f.block == e.block) &&
+               (e.thread < 0 || f.thread == e.thread) &&
                (e.kind == Kind::unwritten || e.kind == Kind::bad_launch || strstr(f.what.c_str(), "(simt_bugs.cpp:"));
     if (found) continue;
     fail("not found; %ld other findings", long(r.findings.size()));
-    for (const test::Finding& f : r.findings) fail("%s, %s[%ld]", simt::host::describe(f).c_str(), f.tensor.c_str(), long(f.element));
+    for (const test::Finding& f : r.findings)
+      fail("%s, %s[%ld]", simt::host::describe(f).c_str(), f.tensor.c_str(), long(f.element));
   }
 }
 
@@ -245,7 +250,8 @@ std::vector<test::Finding> run_last_block(int64_t rows) {
   bfloat16* to = reinterpret_cast<bfloat16*>(y.data);
   float* sums = reinterpret_cast<float*>(work.data);
   for (int64_t j = 0; j < kCols; ++j) reinterpret_cast<bfloat16*>(x.data)[(rows - 1) * kCols + j].bits = 0x3f80;
-  test::expect_ok(launch("scale_by_sum", {reads("x", from, rows * kCols), writes("y", to, rows * kCols), updates("work", sums, rows * 2)}, rows,
+  test::expect_ok(launch("scale_by_sum",
+                         {reads("x", from, rows * kCols), writes("y", to, rows * kCols), updates("work", sums, rows * 2)}, rows,
                          kThreads, nullptr, scale_by_sum_kernel<kBug, bfloat16, 8>, from, to, sums, int64_t(kCols)));
   if (kBug == none) {
     CHECK(sums[(rows - 1) * 2] == kCols);

@@ -58,7 +58,8 @@ void check_normalise(mk::example::Error (*launcher)(const T*, T*, int64_t, int64
   DType type = Dtype<T>::value;
   describe("%s [%ld, %ld], offset %d", format(type).name, long(rows), long(cols), offset);
   Buffer x = input(type, rows * cols, offset, true);
-  auto [y, traffic] = in_every_order(type, rows * cols, offset, [&](Buffer& out) { return launcher(as<T>(x), as<T>(out), rows, cols); });
+  auto [y, traffic] =
+      in_every_order(type, rows * cols, offset, [&](Buffer& out) { return launcher(as<T>(x), as<T>(out), rows, cols); });
   for (int64_t row = 0; row < rows; ++row) {
     Real sum = 0;
     for (int64_t j = 0; j < cols; ++j) sum += x[row * cols + j];
@@ -77,9 +78,8 @@ void check_softmax(int64_t rows, int64_t cols, int offset) {
   DType type = Dtype<T>::value;
   describe("%s [%ld, %ld], offset %d", format(type).name, long(rows), long(cols), offset);
   Buffer x = input(type, rows * cols, offset, false);
-  auto [y, traffic] = in_every_order(type, rows * cols, offset, [&](Buffer& out) {
-    return mk::example::softmax_long<T>(as<T>(x), as<T>(out), rows, cols);
-  });
+  auto [y, traffic] = in_every_order(type, rows * cols, offset,
+                                     [&](Buffer& out) { return mk::example::softmax_long<T>(as<T>(x), as<T>(out), rows, cols); });
   for (int64_t row = 0; row < rows; ++row) {
     Real top = -INFINITY, sum = 0;
     for (int64_t j = 0; j < cols; ++j) top = std::max<Real>(top, x[row * cols + j]);
@@ -111,7 +111,8 @@ void check_gelu(int64_t rows, int64_t cols, bool tanh) {
     Real v = Real(float(x[i])) + float(bias[i % cols]);
     Real exact = tanh ? v / 2 * (1 + tanhl(0.79788456080286535588L * (v + 0.044715L * v * v * v))) : v / 2 * erfcl(-v / sqrtl(2));
     if (mask[size_t(i)]) exact = 0;
-    near("y", y, i, exact, fabsl(exact) * (eps(type) + (100 + 4 * v * v) * eps(DType::f32)) + fabsl(v) * 1e-20L + tiny(type) * eps(type));
+    near("y", y, i, exact,
+         fabsl(exact) * (eps(type) + (100 + 4 * v * v) * eps(DType::f32)) + fabsl(v) * 1e-20L + tiny(type) * eps(type));
   }
   int64_t bytes = rows * cols * format(type).bytes;
   expect_traffic(traffic, "x", bytes, 0);

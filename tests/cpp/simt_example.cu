@@ -1,5 +1,5 @@
-// One kernel in each of the shapes that the dialect is for. Bytes moved per element of T: normalise 2T, softmax_long 3T, masked_gelu
-// 2T and the mask, column_sums T.
+// One kernel in each of the shapes that the dialect is for. Bytes moved per element of T: normalise 2T, softmax_long 3T,
+// masked_gelu 2T and the mask, column_sums T.
 #include "simt_example.h"
 
 #include "../../csrc/simt/simt.h"
@@ -104,7 +104,8 @@ MK_KERNEL MK_MAX_THREADS(kThreads) void masked_gelu_kernel(const T* x, const T* 
 
 // A persistent grid: each block adds up its rows in registers, packet by packet of columns, and leaves one partial row.
 template <class T, int W, int kPackets>
-MK_KERNEL MK_MAX_THREADS(kThreads) void column_sums_kernel(const T* x, const int64_t* index, float* partials, int64_t rows, int64_t cols) {
+MK_KERNEL MK_MAX_THREADS(kThreads) void column_sums_kernel(const T* x, const int64_t* index, float* partials, int64_t rows,
+                                                           int64_t cols) {
   Floats<W> sums[kPackets];
   for (auto& sum : sums) sum = fill<W>(0.f);
   int64_t packets = cols / W;  // rows begin at multiples of W elements
@@ -168,11 +169,11 @@ Error masked_gelu(const T* x, const T* bias, const uint8_t* mask, T* y, int64_t 
   bool full = rows_are_aligned<T>(cols, x, bias, y) && reinterpret_cast<uintptr_t>(mask) % kFull<T> == 0;
   return visit_width<T>(full, [&](auto width) {
     constexpr int W = decltype(width)::value;
-    return launch("masked_gelu",
-                  {reads("x", x, rows * cols), reads("bias", bias, cols), reads("mask", mask, rows * cols),
-                   writes("y", y, rows * cols)},
-                  rows, kThreads, nullptr,
-                  tanh ? masked_gelu_kernel<T, W, GeluTanh<float>> : masked_gelu_kernel<T, W, GeluErf<float>>, x, bias, mask, y, cols);
+    return launch(
+        "masked_gelu",
+        {reads("x", x, rows * cols), reads("bias", bias, cols), reads("mask", mask, rows * cols), writes("y", y, rows * cols)},
+        rows, kThreads, nullptr, tanh ? masked_gelu_kernel<T, W, GeluTanh<float>> : masked_gelu_kernel<T, W, GeluErf<float>>, x,
+        bias, mask, y, cols);
   });
 }
 
@@ -183,19 +184,20 @@ Error column_sums(const T* x, const int64_t* index, float* partials, T* out, int
   int64_t parts = column_sum_blocks(rows);
   Error error = visit_width<T>(rows_are_aligned<T>(cols, x, partials), [&](auto width) {
     constexpr int W = decltype(width)::value;
-    return launch("column_sums", {reads("x", x, rows * cols), reads("index", index, rows), writes("partials", partials, parts * cols)},
-                  parts, kThreads, nullptr, column_sums_kernel<T, W, 4096 / kThreads / W>, x, index, partials, rows, cols);
+    return launch("column_sums",
+                  {reads("x", x, rows * cols), reads("index", index, rows), writes("partials", partials, parts * cols)}, parts,
+                  kThreads, nullptr, column_sums_kernel<T, W, 4096 / kThreads / W>, x, index, partials, rows, cols);
   });
   if (error) return error;
   return launch("column_totals", {reads("partials", partials, parts * cols), writes("out", out, cols)},
                 (cols + kThreads - 1) / kThreads, kThreads, nullptr, column_totals_kernel<T>, partials, out, parts, cols);
 }
 
-#define MK_INSTANTIATE(T)                                                                                                     \
-  template Error normalise_short(const T*, T*, int64_t, int64_t);                                                             \
-  template Error normalise(const T*, T*, int64_t, int64_t);                                                                   \
-  template Error softmax_long(const T*, T*, int64_t, int64_t);                                                                \
-  template Error masked_gelu(const T*, const T*, const uint8_t*, T*, int64_t, int64_t, bool);                                 \
+#define MK_INSTANTIATE(T)                                                                     \
+  template Error normalise_short(const T*, T*, int64_t, int64_t);                             \
+  template Error normalise(const T*, T*, int64_t, int64_t);                                   \
+  template Error softmax_long(const T*, T*, int64_t, int64_t);                                \
+  template Error masked_gelu(const T*, const T*, const uint8_t*, T*, int64_t, int64_t, bool); \
   template Error column_sums(const T*, const int64_t*, float*, T*, int64_t, int64_t);
 MK_INSTANTIATE(float)
 MK_INSTANTIATE(half)

@@ -159,8 +159,8 @@ TEST(speed) {
     auto start = std::chrono::steady_clock::now();
     int64_t n = int64_t(x.size());
     const bfloat16* from = x.data();
-    test::expect_ok(launch("softmax", {reads("x", from, n), writes("y", y.data(), n)}, kRows, 256, nullptr, softmax_kernel<bfloat16, 8>,
-                           from, y.data(), kCols));
+    test::expect_ok(launch("softmax", {reads("x", from, n), writes("y", y.data(), n)}, kRows, 256, nullptr,
+                           softmax_kernel<bfloat16, 8>, from, y.data(), kCols));
     std::chrono::duration<double, std::milli> taken = std::chrono::steady_clock::now() - start;
     test::expect_no_findings();
     CHECK(y[5].bits == 0x3a00);  // 2^-11

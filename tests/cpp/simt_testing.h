@@ -35,7 +35,8 @@ inline Traffic traffic_of(const std::vector<Traffic>& all, const char* tensor) {
 inline void expect_traffic(const std::vector<Traffic>& all, const char* tensor, int64_t read, int64_t written) {
   Traffic t = traffic_of(all, tensor);
   if (t.read != read || t.written != written)
-    fail("%s: %ld bytes read and %ld written, expected %ld and %ld", tensor, long(t.read), long(t.written), long(read), long(written));
+    fail("%s: %ld bytes read and %ld written, expected %ld and %ld", tensor, long(t.read), long(t.written), long(read),
+         long(written));
 }
 
 }  // namespace test
