@@ -52,6 +52,27 @@ MK_KERNEL void neighbours_kernel(float* out) {
   store_one(out + thread(), scratch.get(thread() ^ 1));
 }
 
+// y may be x; each thread loads the element `ahead` of its own, so with y = x and ahead > 0 it meets its neighbour's store.
+MK_KERNEL void double_kernel(const float* x, float* y, int ahead) {
+  store_one(y + thread(), 2 * load_one(x + (thread() + ahead) % threads()));
+}
+// Every lane reads what lane 0 then writes, with nothing or a warp barrier between.
+template <bool kBarrier>
+MK_KERNEL void read_then_write_kernel(float* out) {
+  MK_SHARED(float, scratch, 1);
+  if (thread() == 0) scratch.set(0, 1.f);
+  sync_block();
+  store_one(out + thread(), scratch.get(0));
+  if (kBarrier) sync_warp();
+  if (thread() == 0) scratch.set(0, 2.f);
+}
+
+bool found_race(test::Kind kind) {
+  bool race = false;
+  for (const test::Finding& f : simt::host::take_findings()) race |= f.kind == kind;
+  return race;
+}
+
 template <class Kernel>
 std::vector<float> launch_with_output(Kernel kernel, int64_t blocks, int threads, uint64_t seed) {
   test::Options options;
@@ -135,6 +156,62 @@ TEST(a_warp_barrier_orders_a_warp) {
       race |= f.kind == test::Kind::shared_race || f.kind == test::Kind::uninitialised_shared;
     CHECK(race);
   }
+}
+
+TEST(a_read_before_a_write_is_a_race_too) {
+  for (uint64_t seed : kSeeds) {
+    launch_with_output(read_then_write_kernel<true>, 1, 32, seed);
+    test::expect_no_findings();
+    launch_with_output(read_then_write_kernel<false>, 1, 32, seed);
+    CHECK(found_race(test::Kind::shared_race));
+    launch_with_output(read_then_write_kernel<true>, 1, 64, seed);  // a warp barrier does not order two warps
+    CHECK(found_race(test::Kind::shared_race));
+  }
+}
+
+TEST(in_place) {
+  for (uint64_t seed : kSeeds)
+    for (int ahead : {0, 1}) {
+      describe("seed %ld, %d ahead", long(seed), ahead);
+      test::Options options;
+      options.seed = seed;
+      test::begin(options);
+      std::vector<float> x(64, 3.f);
+      test::expect_ok(launch("double", {reads("x", x.data(), 64), writes("y", x.data(), 64)}, 1, 64, nullptr, double_kernel,
+                             x.data(), x.data(), ahead));
+      auto traffic = simt::host::take_traffic();
+      test::expect_traffic(traffic, "x", 256, 0);
+      test::expect_traffic(traffic, "y", 0, 256);
+      if (ahead) {
+        CHECK(found_race(test::Kind::global_race));
+      } else {
+        test::expect_no_findings();
+        CHECK(std::count(x.begin(), x.end(), 6.f) == 64);
+      }
+    }
+}
+
+TEST(tensors_that_overlap_in_part_are_reported) {
+  test::begin({});
+  std::vector<float> x(65, 3.f);
+  const float* from = x.data();
+  test::expect_ok(launch("double", {reads("x", from, 64), writes("y", x.data() + 1, 64)}, 1, 64, nullptr, double_kernel, from,
+                         x.data() + 1, 0));
+  CHECK(found_race(test::Kind::bad_launch));
+}
+
+TEST(launches_from_several_threads) {
+  std::vector<float> a(64, 1.f), b(64, 1.f);
+  test::begin({});
+  auto work = [](std::vector<float>& x) {
+    for (int i = 0; i < 20; ++i)
+      launch("double", {reads("x", x.data(), 64), writes("y", x.data(), 64)}, 1, 64, nullptr, double_kernel, x.data(), x.data(), 0);
+  };
+  std::thread other([&] { work(b); });
+  work(a);
+  other.join();
+  test::expect_no_findings();
+  CHECK(a == b && a[63] == 0x1p20f);
 }
 
 TEST(impossible_launches_are_refused) {
