@@ -197,9 +197,6 @@ void run_block(int64_t number) {
   here.block = number;
   begin_block();
   the_block = {here.threads, 0, 0};
-  for (int w = 0; w < here.threads / 32; ++w) {
-    warps[w].waiting = warps[w].generation = warps[w].barriers = 0;
-  }
   queue_first = queue_size = 0;
   Order order(here.threads);
   for (int i = 0; i < here.threads; ++i) {

@@ -67,6 +67,12 @@ MK_KERNEL void read_then_write_kernel(float* out) {
   if (thread() == 0) scratch.set(0, 2.f);
 }
 
+std::vector<int> seen;  // lanes, as they come out of a shuffle
+MK_KERNEL void log_order_kernel(float* out) {
+  store_one(out + thread(), shuffle_xor(float(lane()), 1));
+  seen.push_back(lane());
+}
+
 bool found_race(test::Kind kind) {
   bool race = false;
   for (const test::Finding& f : simt::host::take_findings()) race |= f.kind == kind;
@@ -159,7 +165,8 @@ TEST(a_warp_barrier_orders_a_warp) {
 }
 
 TEST(a_read_before_a_write_is_a_race_too) {
-  for (uint64_t seed : kSeeds) {
+  for (uint64_t seed = 0; seed < 100; ++seed) {  // in some orders the thread that writes is the last to read
+    describe("seed %ld", long(seed));
     launch_with_output(read_then_write_kernel<true>, 1, 32, seed);
     test::expect_no_findings();
     launch_with_output(read_then_write_kernel<false>, 1, 32, seed);
@@ -167,6 +174,19 @@ TEST(a_read_before_a_write_is_a_race_too) {
     launch_with_output(read_then_write_kernel<true>, 1, 64, seed);  // a warp barrier does not order two warps
     CHECK(found_race(test::Kind::shared_race));
   }
+}
+
+TEST(the_seed_orders_lanes) {
+  std::vector<std::vector<int>> orders;
+  for (uint64_t seed : {1, 1, 2, 3}) {
+    seen.clear();
+    launch_with_output(log_order_kernel, 1, 32, seed);
+    orders.push_back(seen);
+  }
+  CHECK(orders[0] == orders[1]);
+  CHECK(orders[0] != orders[2] && orders[2] != orders[3]);
+  for (const std::vector<int>& order : orders)
+    CHECK(!std::is_sorted(order.begin() + 1, order.end()));  // the last to arrive is first
 }
 
 TEST(in_place) {
