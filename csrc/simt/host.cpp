@@ -252,6 +252,7 @@ Error run(const char* name, std::initializer_list<Tensor> tensors, int64_t block
   body_context = context;
   starter = {};
   random_state = options().seed * 0x9e3779b97f4a7c15u;
+  for (int i = 0; i < 8; ++i) random_number();  // neighbouring seeds begin alike
   here = {0, blocks, 0, threads_per_block};
   begin_launch(tensors);
   int64_t first = std::max<int64_t>(0, options().first_block), last = std::min(blocks, options().last_block);

@@ -165,7 +165,7 @@ TEST(a_warp_barrier_orders_a_warp) {
 }
 
 TEST(a_read_before_a_write_is_a_race_too) {
-  for (uint64_t seed = 0; seed < 100; ++seed) {  // in some orders the thread that writes is the last to read
+  for (uint64_t seed = 0; seed < 400; ++seed) {  // in some orders the thread that writes is the last to read
     describe("seed %ld", long(seed));
     launch_with_output(read_then_write_kernel<true>, 1, 32, seed);
     test::expect_no_findings();
