@@ -47,7 +47,8 @@ MUTATIONS = [
     # Masks: negated, the wrong row's, a whole row's taken for no mask.
     Mutation(SOFTMAX, "scale < 0 ? A(-1) : A(1)", "A(1)"),
     Mutation(SOFTMAX, "(load(x + j, width) - top * sign) * factor", "load(x + j, width) * factor"),
-    Mutation(SOFTMAX, "if (!((found - top) * sign * factor > A(64))) break;", "break;"),
+    Mutation(SOFTMAX, "if (!masked_so_far && !((found - top) * sign * factor > A(64))) break;", "break;"),
+    Mutation(SOFTMAX, "if (!masked_so_far && ", "if ("),
     Mutation(SOFTMAX, "select(load_mask<A>(mask + j, width), otherwise, v)", "select(load_mask<A>(mask + j, width), v, otherwise)"),
     Mutation(SOFTMAX, "row /= mask.size[d];", ""),
     Mutation(SOFTMAX, "(whole_row && *mask)", "(whole_row && !*mask)"),

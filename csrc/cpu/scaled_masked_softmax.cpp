@@ -60,7 +60,8 @@ void forward_row(const T* x, const uint8_t* mask, T* y, int64_t n, acc_t<T> scal
       return v;
     });
     A found = max_lanes<A>(tops);
-    if (!((found - top) * sign * factor > A(64))) break;  // 2^64 times kBuffer is far from overflow
+    bool masked_so_far = top == -kInfinity<A> && found > top;
+    if (!masked_so_far && !((found - top) * sign * factor > A(64))) break;  // 2^64 times kBuffer is far from overflow
     top = found;
   }
   A inverse = A(1) / sum;

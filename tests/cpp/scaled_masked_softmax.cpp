@@ -201,6 +201,13 @@ TEST(maximum_far_from_the_first_packet) {
     }
 }
 
+TEST(first_packet_masked_and_scale_zero) {
+  std::vector<uint8_t> masked(40, 1);
+  masked[38] = masked[39] = 0;
+  Buffer y = float_row(std::vector<double>(40, 3.), masked, 0);
+  for (int64_t i = 0; i < 40; ++i) near("y", y, i, i < 38 ? 0 : 0.5, 1e-6);
+}
+
 TEST(dead_rows_are_decided_by_the_mask_alone) {
   Buffer y = float_row({-INFINITY, -INFINITY, -INFINITY});
   for (int i = 0; i < 3; ++i) near("y", y, i, NAN, 0);
