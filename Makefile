@@ -3,6 +3,8 @@
 #   make demo        the whole job in a few minutes: train, save, convert, load, generate, compare
 #   make test        everything but the slow tests
 #   make bench       each op beside PyTorch eager and torch.compile
+#   make sanitize    the GPU tests under compute-sanitizer; needs a GPU
+#   make budgets     compile the CUDA kernels and write down what they need: registers, accesses, instructions
 #
 # PYTHON=python3.12   the interpreter that makes the environment
 # VENV=~/envs/mine    use (or make) that environment; a torch that is already in it stays
@@ -21,7 +23,7 @@ STAMP := $(VENV)/.megatron_kernels
 TEST_STAMP := $(VENV)/.megatron_kernels-test
 SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.txt) setup.py pyproject.toml
 
-.PHONY: help install demo test test-slow lint bench clean
+.PHONY: help install demo test test-slow lint bench sanitize budgets clean
 help:
 	@awk '!/^#/ {exit} {sub(/^# ?/, ""); print}' Makefile
 
@@ -47,11 +49,14 @@ $(STAMP): $(SOURCES) | $(PY)
 	@$(PIP) --no-build-isolation --editable .
 	@printf '%s\n' '$(CURDIR)' > $@
 
-$(TEST_STAMP): pyproject.toml | $(STAMP)
+# Also the CUDA kernels as functions on the CPU, which only tests need.
+$(TEST_STAMP): pyproject.toml $(SOURCES) | $(STAMP)
 	$(SAY) "Installing what the tests and linters need"
-	@$(PY) -c 'from importlib.metadata import requires; print(*(r.split(";")[0] for r in requires("megatron-kernels") \
-	  if "extra ==" in r), sep="\n")' > $(VENV)/test-requirements.txt
+	@$(PY) -c 'from importlib.metadata import requires; print(*(r.replace(" and extra == \"test\"", "").replace("; extra == \"test\"", "") \
+	  for r in requires("megatron-kernels") if "extra ==" in r), sep="\n")' > $(VENV)/test-requirements.txt
 	@$(PIP) -r $(VENV)/test-requirements.txt
+	$(SAY) "Compiling the CUDA kernels for the CPU"
+	@MK_SIMT=1 $(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
 
 install: $(STAMP)
@@ -70,9 +75,15 @@ lint: $(TEST_STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
+sanitize: $(TEST_STAMP)
+	$(PY) tests/sanitize.py
+
+budgets: $(TEST_STAMP)
+	$(PY) tests/cubins.py --write
+
 bench: $(STAMP)
 	$(PY) -m benchmarks.ops --device cpu $(BENCH_ARGS)
 
 clean:
-	rm -rf build dist *.egg-info megatron_kernels/_C_*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info megatron_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

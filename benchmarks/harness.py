@@ -31,11 +31,19 @@ REUSING_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESH
 
 @dataclass(frozen=True)
 class Contestant:
-    """What is timed; `warm` runs it once right before, so that it finds its data in the caches."""
+    """What is timed; `warm` runs it once right before, so that it finds its data in the caches.
+
+    With a `setup`, that is called before each step, off the clock, and the step gets what it returns.
+    """
 
     name: str
-    step: Callable[[], object]
+    step: Callable[..., object]
     warm: bool = False
+    setup: Callable[[], object] | None = None
+
+    def run(self) -> None:
+        """Once, off the clock."""
+        self.step() if self.setup is None else self.step(self.setup())
 
 
 @dataclass(frozen=True)
@@ -73,15 +81,12 @@ def cpu_clock(step: Callable[[], object]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-# What measures a step on each kind of device; an accelerator's clock waits for its stream.
-CLOCKS: dict[str, Callable[[Callable[[], object]], float]] = {"cpu": cpu_clock}
-
-
 @contextmanager
 def no_collection() -> Iterator[None]:
     """Keeps Python's garbage collector out of the samples."""
     was_enabled = gc.isenabled()
-    gc.collect()
+    if was_enabled:
+        gc.collect()
     gc.disable()
     try:
         yield
@@ -91,11 +96,11 @@ def no_collection() -> Iterator[None]:
 
 
 def interleave(contestants: Sequence[Contestant], *, seconds: float, min_rounds: int, max_rounds: int = 1000, warmup: int = 2,
-               clock: Callable[[Callable[[], object]], float] = cpu_clock, seed: int = 0) -> dict[str, Timing]:
+               clock: Callable[..., float] = cpu_clock, seed: int = 0) -> dict[str, Timing]:
     """Times every contestant once a round, in an order drawn anew for each round, until `seconds` have passed.
 
     At least min_rounds and at most max_rounds are run, after `warmup` rounds that are not counted. The order is drawn so that
-    nobody always inherits the caches of the same neighbour.
+    nobody always inherits the caches of the same neighbour. The clock gets the step, and the setup where there is one.
     """
     samples: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     if len(samples) != len(contestants):
@@ -104,14 +109,15 @@ def interleave(contestants: Sequence[Contestant], *, seconds: float, min_rounds:
     with no_collection():
         for _ in range(warmup):
             for contestant in order:
-                contestant.step()
+                contestant.run()
         start, rounds = time.perf_counter(), 0
         while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() - start < seconds):
             draw.shuffle(order)
             for contestant in order:
                 if contestant.warm:
                     contestant.step()
-                samples[contestant.name].append(clock(contestant.step))
+                timed = (contestant.step,) if contestant.setup is None else (contestant.step, contestant.setup)
+                samples[contestant.name].append(clock(*timed))
             rounds += 1
     return {name: Timing.of(milliseconds) for name, milliseconds in samples.items()}
 
@@ -140,6 +146,14 @@ def others() -> Callable[[], float | None]:
         return max(0.0, (everybodys_now - everybodys) - (mine_now - mine)) / max(available, 1e-9)
 
     return share
+
+
+def why_unavailable(implementation: str) -> str:
+    """Why ops can't run in that implementation here, or nothing."""
+    known = megatron_kernels.implementations()
+    if implementation not in known:
+        return f"{implementation}: unknown implementation; known are {', '.join(known)}"
+    return "" if known[implementation].available else f"{implementation}: {known[implementation].detail}"
 
 
 def is_reusing_allocator(env: Mapping[str, str] = os.environ) -> bool:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import csv
 import itertools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .harness import Timing
@@ -118,6 +122,18 @@ def console(stderr: bool = False) -> Console:
     return console if console.is_terminal else Console(stderr=stderr, width=160)
 
 
+@contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[str], None]]:
+    """Yields a function that announces the next row: a moving bar on a terminal, a line elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda text: print(f"  {text}", file=sys.stderr, flush=True)
+        return
+    columns = TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=total, completed=-1)
+        yield lambda text: progress.update(task, description=text, advance=1)
+
+
 def against(value: float | None, limit: float | None, at_most: bool) -> str:
     """The value, and where there is a limit, the limit and whether the value keeps it."""
     if value is None:
@@ -216,9 +232,13 @@ def write_readme(path: Path, results: Results) -> None:
     if results.others > BUSY:
         raise ValueError(f"these results are not for {path.name}: other processes took {results.others:.0%} of the processors "
                          f"while they were measured, at most {BUSY:.0%} are accepted")
-    text = path.read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path}: expected the lines {BEGIN!r} and {END!r}")
-    path.write_text(f"{before}{BEGIN}\n\n{markdown(results)}\n\n{END}{after}")
+    replace_between(path, BEGIN, END, markdown(results))
+
+
+def replace_between(path: Path, begin: str, end: str, section: str) -> None:
+    """ValueError where the two marks are not in the file."""
+    before, found, rest = path.read_text().partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise ValueError(f"{path}: expected the lines {begin!r} and {end!r}")
+    path.write_text(f"{before}{begin}\n\n{section}\n\n{end}{after}")

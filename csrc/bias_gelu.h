@@ -2,6 +2,7 @@
 #pragma once
 #include "dtype.h"
 #include "parallel_for.h"
+#include "stream.h"
 
 namespace mk {
 
@@ -32,5 +33,12 @@ int64_t bias_gelu_backward_workspace(int64_t rows, int64_t cols);
 void bias_gelu_forward(const BiasGeluForward&, ParallelFor);
 void bias_gelu_backward(const BiasGeluBackward&, ParallelFor);
 }  // namespace cpu
+
+namespace cuda {
+int64_t bias_gelu_forward_workspace(int64_t rows, int64_t cols, Stream);
+int64_t bias_gelu_backward_workspace(int64_t rows, int64_t cols, Stream);
+Error bias_gelu_forward(const BiasGeluForward&, Stream);
+Error bias_gelu_backward(const BiasGeluBackward&, Stream);
+}  // namespace cuda
 
 }  // namespace mk

@@ -4,6 +4,7 @@
 #pragma once
 #include "dtype.h"
 #include "parallel_for.h"
+#include "stream.h"
 
 namespace mk {
 
@@ -12,7 +13,7 @@ struct CrossEntropyForward {
   const int64_t* target;  // [rows]
   void *loss, *lse;       // [rows], float (double for f64); null where partial is given
   void* partial;          // [rows, 3] or null: max, sum of exp(x - max), (1 - a) x_target + a/K sum(x) of these columns
-  int64_t* bad_row;       // lowered to the first row whose target is neither ignore_index nor a class; its loss is NaN
+  int64_t* bad_row;       // lowered to the first row whose target is neither ignore_index nor a class; on CPU only
   int64_t rows, cols, vocab_start, vocab_size, ignore_index;
   double label_smoothing, z_loss;
   DType dtype;
@@ -33,5 +34,10 @@ namespace cpu {
 void cross_entropy_forward(const CrossEntropyForward&, ParallelFor);
 void cross_entropy_backward(const CrossEntropyBackward&, ParallelFor);
 }  // namespace cpu
+
+namespace cuda {
+Error cross_entropy_forward(const CrossEntropyForward&, Stream);
+Error cross_entropy_backward(const CrossEntropyBackward&, Stream);
+}  // namespace cuda
 
 }  // namespace mk

@@ -2,6 +2,7 @@
 #pragma once
 #include "dtype.h"
 #include "parallel_for.h"
+#include "stream.h"
 
 namespace mk {
 
@@ -34,5 +35,12 @@ int64_t layer_norm_backward_workspace(int64_t rows, int64_t cols);
 void layer_norm_forward(const LayerNormForward&, ParallelFor);
 void layer_norm_backward(const LayerNormBackward&, ParallelFor);
 }  // namespace cpu
+
+namespace cuda {
+int64_t layer_norm_forward_workspace(int64_t rows, int64_t cols, Stream);
+int64_t layer_norm_backward_workspace(int64_t rows, int64_t cols, Stream);
+Error layer_norm_forward(const LayerNormForward&, Stream);
+Error layer_norm_backward(const LayerNormBackward&, Stream);
+}  // namespace cuda
 
 }  // namespace mk

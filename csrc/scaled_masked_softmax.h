@@ -2,6 +2,7 @@
 #pragma once
 #include "dtype.h"
 #include "parallel_for.h"
+#include "stream.h"
 
 namespace mk {
 
@@ -39,5 +40,10 @@ namespace cpu {
 void scaled_masked_softmax_forward(const SoftmaxForward&, ParallelFor);
 void scaled_masked_softmax_backward(const SoftmaxBackward&, ParallelFor);
 }  // namespace cpu
+
+namespace cuda {
+Error scaled_masked_softmax_forward(const SoftmaxForward&, Stream);
+Error scaled_masked_softmax_backward(const SoftmaxBackward&, Stream);
+}  // namespace cuda
 
 }  // namespace mk

@@ -10,13 +10,38 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from megatron_kernels import backend
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+INTERPRETED = False  # whether it is Triton's interpreter, where a program's every step costs tens of microseconds; the same
+FLOAT64 = True  # whether the implementation under test computes it; set by the fixture `implementation`
 ROWS_COLS = [(1, 1), (3, 1), (1, 7), (5, 16), (7, 33), (4, 127), (130, 9), (3, 1024), (2, 1025), (2, 5003)]
 SETTINGS = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 rows_cols = st.tuples(st.integers(0, 40), st.one_of(st.integers(1, 70), st.integers(1, 1300)))
 seeds = st.integers(0, 2**31 - 1)
 dtypes = st.sampled_from(DTYPES)
+
+
+def trimmed(full, small):
+    """`small` where the implementation under test is interpreted and `full` would take too long there, else `full`."""
+    return small if INTERPRETED else full
+
+
+def supported(dtype: torch.dtype) -> torch.dtype:
+    """The dtype, or float32 where the implementation under test does not compute float64."""
+    return dtype if FLOAT64 or dtype != torch.float64 else torch.float32
+
+
+def raw(op: str):
+    """The raw ops of the implementation under test."""
+    return backend.namespace(backend.choose(op, torch.empty(0)))
+
+
+def rand(*shape: int, seed: int) -> torch.Tensor:
+    """Uniform values in [0, 1), the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(*shape, generator=generator, device="cpu").to(torch.get_default_device())
 
 
 def eps(dtype: torch.dtype) -> float:
@@ -30,11 +55,11 @@ def acc_eps(dtype: torch.dtype) -> float:
 def randn(*shape: int, seed: int, dtype: torch.dtype, outliers: bool = True) -> torch.Tensor:
     """Normal values with a few thirty times as large planted among them."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    x = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
     if outliers and x.numel() > 3:
-        at = torch.randint(x.numel(), (max(1, x.numel() // 50),), generator=generator)
+        at = torch.randint(x.numel(), (max(1, x.numel() // 50),), generator=generator, device="cpu")
         x.view(-1)[at] *= 30
-    return x.to(dtype)
+    return x.to(torch.get_default_device(), dtype)
 
 
 def misaligned(x: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the package is imported
+
+import cases
 
 import megatron_kernels as mk
 
 INSTRUCTION_SETS = ["baseline", "avx2", "avx512", "avx512bf16"]
+THREAD_ORDERS = [0, 1, 12345]  # seeds; 0 is the order of the threads' numbers
+IMPLEMENTATIONS = [*(f"cpu-{isa}" for isa in INSTRUCTION_SETS), *(f"simt-{seed}" for seed in THREAD_ORDERS),
+                   "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def pytest_addoption(parser):
@@ -27,17 +38,38 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
-@pytest.fixture(params=[f"cpu-{isa}" for isa in INSTRUCTION_SETS])
+@pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request):
-    """The test runs inside `mk.use` of each implementation, the CPU's with each instruction set that this processor has."""
-    name, _, isa = request.param.partition("-")
-    try:
-        torch.ops.megatron_kernels._set_isa(isa)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    with mk.use(name):
+    """The test runs inside `mk.use` of each implementation, and what it makes without naming a device is on that one's.
+
+    The CPU's runs with each instruction set that this processor has; the CUDA kernels run on the CPU in several orders of threads,
+    where nothing may be found, and on a GPU where there is one; so does Triton, which is interpreted elsewhere.
+    """
+    name, _, option = request.param.partition("-")
+    why = mk.implementations()[name]
+    if not why.available:
+        pytest.skip(why.detail)
+    on_gpu = name == "cuda" or (name == "triton" and torch.cuda.is_available())
+    cases.FLOAT64, cases.INTERPRETED = name == "cpu", name == "triton" and not on_gpu
+    if not cases.FLOAT64 and getattr(request.node, "callspec", None) and request.node.callspec.params.get("dtype") == torch.float64:
+        pytest.skip("float64 is for CPUs")
+    if name == "cpu":
+        try:
+            torch.ops.megatron_kernels._set_isa(option)
+        except RuntimeError as error:
+            pytest.skip(str(error))
+    if name == "simt":
+        from megatron_kernels import _simt
+        _simt.configure(seed=int(option))
+        _simt.take_findings()
+    with mk.use(name), torch.device("cuda") if on_gpu else contextlib.nullcontext():
         yield request.param
-    torch.ops.megatron_kernels._set_isa("best")
+    cases.FLOAT64, cases.INTERPRETED = True, False
+    if name == "cpu":
+        torch.ops.megatron_kernels._set_isa("best")
+    if name == "simt":
+        _simt.configure()
+        assert _simt.take_findings() == []
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cases
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS, ROWS_COLS, SETTINGS, acc_eps, assert_within, dtypes, eps, leaf, randn, rows_cols, seeds, wide
@@ -79,8 +80,8 @@ def test_constant_row_gives_the_bias(implementation, poisoned):
 def test_large_constant_row(implementation, poisoned):
     """(0 - mean) * rstd overflows, which must not reach the sums from beyond the row's end."""
     x = torch.full((2, 5), 1e36)
-    y, mean, rstd = torch.ops.megatron_kernels.layer_norm_forward(x, None, None, 1e-5)
-    dx, _, _ = torch.ops.megatron_kernels.layer_norm_backward(torch.ones_like(x), x, None, None, mean, rstd)
+    y, mean, rstd = cases.raw("layer_norm").layer_norm_forward(x, None, None, 1e-5)
+    dx, _, _ = cases.raw("layer_norm").layer_norm_backward(torch.ones_like(x), x, None, None, mean, rstd)
     assert torch.equal(y, torch.zeros_like(x))
     assert torch.equal(dx, torch.zeros_like(x))
 
@@ -103,7 +104,7 @@ def test_layouts(implementation, poisoned, layout):
 @given(shape=rows_cols, dtype=dtypes, seed=seeds)
 @SETTINGS
 def test_random_shapes(implementation, poisoned, shape, dtype, seed):
-    cols = shape[1]
+    cols, dtype = shape[1], cases.supported(dtype)
     check(randn(2, *shape, seed=seed, dtype=dtype), randn(cols, seed=seed + 1, dtype=dtype) if seed % 2 else None,
           randn(cols, seed=seed + 2, dtype=dtype) if seed % 3 else None)
 

@@ -21,7 +21,7 @@ TEXT = CODE | {".md", ".toml", ".yml", ".yaml", ".txt", ".in", ""}
 SKIPPED = {".git", ".venv", "build", "dist", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"}
 
 VARIABLES = {"MK_CUDA", "MK_SIMT", "TORCH_CUDA_ARCH_LIST"}
-SOMEBODY_ELSES = {"TRITON_INTERPRET", "CXX"}  # conventions that we follow: Triton's switch, the compiler
+SOMEBODY_ELSES = {"TRITON_INTERPRET", "CXX", "CUDA_HOME"}  # conventions that we follow: Triton's switch, compilers
 REFERENCE_IMPORTS = {"__future__", "collections.abc", "math", "torch", "typing"}
 # Compiled once, for the baseline, so it may use the C++ library. All else below csrc/cpu is compiled per instruction set.
 BASELINE_ONLY = {"csrc/cpu/isa.cpp"}

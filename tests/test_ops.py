@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import cases
 import pytest
 import torch
 from cases import leaf, randn
@@ -14,7 +15,10 @@ from cases import leaf, randn
 import megatron_kernels as mk
 
 OPS = torch.ops.megatron_kernels
-
+# Each implementation that has raw ops, as it runs where these tests do.
+NAMES = [pytest.param(name, marks=[] if available else pytest.mark.skip(reason=why))
+         for name, (available, why) in mk.implementations().items() if name in ("cpu", "simt")]
+NAMES += [pytest.param("cuda", marks=pytest.mark.gpu)]
 
 MASK = torch.rand(2, 1, 5, generator=torch.Generator().manual_seed(1)) < 0.3
 TARGET = torch.tensor([1, -100, 4])
@@ -24,14 +28,14 @@ ALL = {"vocab_size": 6, "label_smoothing": 0.1, "z_loss": 0.1, "reduction": "sum
 # name -> (public function of its floating inputs, shapes of those)
 PUBLIC = {
     "softmax": (lambda x: mk.scaled_masked_softmax(x, None, 0.5), [(2, 4, 5)]),
-    "softmax masked causal": (lambda x: mk.scaled_masked_softmax(x, MASK, 0.5, True), [(2, 4, 5)]),
+    "softmax masked causal": (lambda x: mk.scaled_masked_softmax(x, MASK.to(x.device), 0.5, True), [(2, 4, 5)]),
     "bias_gelu tanh": (lambda x, b: mk.bias_gelu(x, b), [(3, 7), (7,)]),
     "bias_gelu erf": (lambda x, b: mk.bias_gelu(x, b, "none"), [(3, 7), (7,)]),
     "layer_norm": (lambda x, w, b: mk.layer_norm(x, w, b), [(3, 7), (7,), (7,)]),
     "layer_norm plain": (lambda x: mk.layer_norm(x), [(3, 7)]),
-    "cross_entropy": (lambda x: mk.cross_entropy(x, TARGET), [(3, 7)]),
-    "cross_entropy all": (lambda x: mk.cross_entropy(x, TARGET, **ALL), [(3, 7)]),
-    "cross_entropy inplace": (lambda x: mk.cross_entropy(x * 1, TARGET, inplace_backward=True, **ALL), [(3, 7)]),
+    "cross_entropy": (lambda x: mk.cross_entropy(x, TARGET.to(x.device)), [(3, 7)]),
+    "cross_entropy all": (lambda x: mk.cross_entropy(x, TARGET.to(x.device), **ALL), [(3, 7)]),
+    "cross_entropy inplace": (lambda x: mk.cross_entropy(x * 1, TARGET.to(x.device), inplace_backward=True, **ALL), [(3, 7)]),
 }
 x, w, rows = torch.randn(3, 7), torch.randn(7), torch.randn(3)
 target, rest = TARGET, (0, 6, -100, 0.1, 0.2)
@@ -49,6 +53,10 @@ RAW = {
 }
 
 
+def device_of(name):
+    return "cuda" if name == "cuda" else "cpu"
+
+
 def inputs(shapes, dtype, seed=0):
     return [leaf(randn(*shape, seed=seed + i, dtype=dtype, outliers=False)) for i, shape in enumerate(shapes)]
 
@@ -58,27 +66,35 @@ def test_every_op_is_opchecked():
     assert {name for name in schemas if not name.startswith("_")} == set(RAW)
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("op", RAW)
-def test_opcheck(op):
+def test_opcheck(name, op):
     for arguments in RAW[op]:
-        torch.library.opcheck(getattr(OPS, op), arguments)
+        if name != "cpu":
+            arguments = [a.to(device_of(name), torch.float32 if a.dtype == torch.float64 else a.dtype)
+                         if isinstance(a, torch.Tensor) else a for a in arguments]
+        torch.library.opcheck(getattr(mk.backend.namespace(name), op), tuple(arguments))
 
 
 # gradcheck runs one graph backward several times, which an in-place backward refuses
 @pytest.mark.parametrize("name", sorted(set(PUBLIC) - {"cross_entropy inplace"}))
 def test_gradcheck(implementation, name):
+    if not cases.FLOAT64:
+        pytest.skip("float64 is for CPUs")
     function, shapes = PUBLIC[name]
     assert torch.autograd.gradcheck(function, inputs(shapes, torch.float64))
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(name, dynamic):
+@pytest.mark.parametrize("implementation", NAMES)
+def test_compile(implementation, name, dynamic):
     function, shapes = PUBLIC[name]
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    eager, traced = inputs(shapes, torch.float32), inputs(shapes, torch.float32)
-    a, b = function(*eager), compiled(*traced)
+    eager, traced = ([leaf(x.to(device_of(implementation))) for x in inputs(shapes, torch.float32)] for _ in range(2))
+    with mk.use(implementation):
+        a, b = function(*eager), compiled(*traced)
     a.sum().backward()
     b.sum().backward()
     assert torch.equal(a, b)
@@ -170,7 +186,7 @@ def test_use_chooses_nests_and_ends():
 
 
 def test_use_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match="use: unknown implementation 'fast'; known are cpu, reference"):
+    with pytest.raises(ValueError, match="use: unknown implementation 'fast'; known are cpu, cuda, triton, simt, reference"):
         mk.use("fast")
 
 

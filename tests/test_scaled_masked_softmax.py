@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import cases
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS, ROWS_COLS, SETTINGS, acc_eps, assert_within, dtypes, eps, leaf, randn, rows_cols, seeds, wide
@@ -48,23 +49,76 @@ def test_shapes(implementation, poisoned, dtype, causal):
 def test_masks_broadcast(implementation, poisoned, dtype, causal):
     b, h, sq, sk = 3, 2, 5, 35
     x = randn(b, h, sq, sk, seed=3, dtype=dtype)
-    generator = torch.Generator().manual_seed(5)
     for expand in itertools.product([False, True], repeat=4):
         shape = [1 if one else n for one, n in zip(expand, (b, h, sq, sk), strict=True)]
-        mask = torch.rand(shape, generator=generator) < 0.4
+        mask = cases.rand(*shape, seed=5) < 0.4
         check(x, mask, causal=causal)
         if shape[0] == 1:
             check(x, mask[0], causal=causal)
         if shape[:3] == [1, 1, 1]:
             check(x, mask[0, 0, 0], causal=causal)
-    full = torch.rand(b, h, sq, sk, generator=generator) < 0.4
+    full = cases.rand(b, h, sq, sk, seed=6) < 0.4
     check(x, full.transpose(0, 3).contiguous().transpose(0, 3), causal=causal)
-    check(x, (torch.rand(b, 1, 1, sk, generator=generator) < 0.4).expand(b, h, sq, sk), causal=causal)
+    check(x, (cases.rand(b, 1, 1, sk, seed=7) < 0.4).expand(b, h, sq, sk), causal=causal)
     check(x, torch.tensor(False), causal=causal)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_mask_of_many_dimensions(implementation, poisoned, causal):
+    """Every second dimension broadcasts, so that no two share a stride."""
+    x = randn(2, 3, 2, 2, 3, 11, seed=8, dtype=torch.float32)
+    for shape in [(2, 1, 2, 1, 3, 11), (3, 1, 2, 1, 11), (3, 1, 2, 1, 1)]:
+        mask = cases.rand(*shape, seed=9) < 0.4
+        check(x, mask, causal=causal)
+
+
 def test_long_masked_row(implementation, poisoned):
-    check(randn(2, 9001, seed=1, dtype=torch.bfloat16), torch.rand(2, 9001) < 0.5)
+    for cols in (9001, 16385):
+        check(randn(2, cols, seed=1, dtype=torch.bfloat16), cases.rand(2, cols, seed=2) < 0.5)
+
+
+@pytest.fixture
+def in_chunks(monkeypatch):
+    """Triton's kernels treat short rows as rows too long for a tile, so that many chunks take little time in the interpreter."""
+    kernels = pytest.importorskip("megatron_kernels.triton.scaled_masked_softmax")
+    monkeypatch.setattr(kernels, "MOST_COLUMNS", 8)
+    monkeypatch.setattr(kernels, "CHUNK", 16)
+    kernels.plan.cache_clear()
+    yield
+    kernels.plan.cache_clear()
+
+
+@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
+def test_rows_in_chunks(implementation, poisoned, in_chunks):
+    for dtype in (torch.float32, torch.bfloat16):
+        x = randn(2, 3, 41, seed=1, dtype=dtype)
+        for causal in (False, True):
+            check(x, cases.rand(2, 1, 41, seed=2) < 0.4, scale=-0.3, causal=causal)
+            check(x, cases.rand(3, 1, seed=3) < 0.4, causal=causal)
+        check(x, torch.arange(41) < 36, scale=0.0)
+        check(randn(21, 19, seed=4, dtype=dtype), causal=True)
+
+
+@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
+def test_rows_in_chunks_with_values_that_have_no_softmax(implementation, poisoned, in_chunks):
+    third = torch.arange(41) == 2
+    for value in (math.nan, math.inf):
+        row = torch.zeros(1, 41)
+        row[0, 20] = value
+        y = mk.scaled_masked_softmax(row, third)
+        assert torch.equal(y.isnan(), ~third[None]) and y[0, 2] == 0
+        assert_within(mk.scaled_masked_softmax(row, torch.arange(41) == 20)[0, :20], torch.full((20,), 1 / 40), 1e-7, "y")
+    y = mk.scaled_masked_softmax(torch.full((1, 41), -math.inf), third)
+    assert torch.equal(y.isnan(), ~third[None]) and y[0, 2] == 0
+    for low in (-math.inf, torch.finfo(torch.float32).min):
+        row = torch.full((1, 41), low)
+        row[0, 40] = torch.finfo(torch.float32).max
+        assert torch.equal(mk.scaled_masked_softmax(row, scale=2.0), (row > 0).float())
+    future = torch.ones(21, 21).triu(1).bool()
+    y = mk.scaled_masked_softmax(torch.zeros(21, 21).masked_fill(future, math.nan), causal=True)
+    dx = cases.raw("scaled_masked_softmax").scaled_masked_softmax_backward(
+        torch.zeros(21, 21).masked_fill(future, math.nan), y, 1.0, True)
+    assert torch.equal(dx, torch.zeros(21, 21))
 
 
 def test_fully_masked_rows_are_zero(implementation, poisoned):
@@ -94,7 +148,7 @@ def test_right_of_the_diagonal_is_not_read(implementation):
     x = torch.zeros(3, 3).masked_fill(torch.ones(3, 3).triu(1).bool(), math.nan)
     y = mk.scaled_masked_softmax(x, causal=True)
     assert torch.equal(y, torch.tensor([[1, 0, 0], [0.5, 0.5, 0], [1 / 3] * 3]))
-    dx = torch.ops.megatron_kernels.scaled_masked_softmax_backward(x, y, 1.0, True)
+    dx = cases.raw("scaled_masked_softmax").scaled_masked_softmax_backward(x, y, 1.0, True)
     assert torch.equal(dx, torch.zeros(3, 3))
 
 
@@ -119,7 +173,7 @@ def test_largest_finite_values(implementation, scale):
 @pytest.mark.parametrize("last", [80.0, 3e3, 3e38])
 def test_maximum_far_from_the_first_columns(implementation, last):
     for cols in (20, 50, 9000):
-        x = torch.randn(2, cols, generator=torch.Generator().manual_seed(0))
+        x = randn(2, cols, seed=0, dtype=torch.float32, outliers=False)
         x[:, -1] = last
         check(x, scale=1.0)
         check(x, torch.arange(cols) < 40 if cols > 40 else None, scale=1.0)
@@ -143,9 +197,8 @@ def test_layouts(implementation, poisoned, layout):
 @given(shape=rows_cols, dtype=dtypes, seed=seeds)
 @SETTINGS
 def test_random_shapes(implementation, poisoned, shape, dtype, seed):
-    x = randn(2, *shape, seed=seed, dtype=dtype)
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.rand(2, 1, shape[1], generator=generator) < 0.3 if seed % 2 else None
+    x = randn(2, *shape, seed=seed, dtype=cases.supported(dtype))
+    mask = cases.rand(2, 1, shape[1], seed=seed) < 0.3 if seed % 2 else None
     check(x, mask, scale=(seed % 7 - 2) / 4, causal=seed % 3 == 0)
 
 

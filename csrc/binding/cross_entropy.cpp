@@ -22,18 +22,19 @@ Problem problem(const Tensor& logits, const Tensor& target, int64_t vocab_start,
   want.pop_back();
   check(sizes(target) == want, kOp, "target must have the shape of logits ", shape(logits), " without the last dimension, got ",
         shape(target));
+  check_device(kOp, "target", target, "logits", logits);
   check(vocab_start >= 0, kOp, "vocab_start must be at least 0, got ", vocab_start);
   check(vocab_size >= 1, kOp, "vocab_size must be at least 1, got ", vocab_size);
   check(label_smoothing >= 0 && label_smoothing <= 1, kOp, "label_smoothing must be in [0, 1], got ", label_smoothing);
   return {type, rows, cols, dense(target)};
 }
 
-// Runs the forward and refuses a target that is no class.
-void run(const CrossEntropyForward& args) {
+// Runs the forward and refuses a target that is no class, where the kernel tells: a GPU's would have to be waited for.
+void run_forward(const Tensor& logits, const CrossEntropyForward& args) {
   int64_t bad_row = args.rows;
   CrossEntropyForward a = args;
   a.bad_row = &bad_row;
-  cpu::cross_entropy_forward(a, parallel_for);
+  run(kOp, Device(logits), kernels::cross_entropy_forward, a);
   check(bad_row == args.rows, kOp, "target ", bad_row < args.rows ? args.target[bad_row] : 0, " at row ", bad_row,
         " is neither ignore_index (", args.ignore_index, ") nor in [0, ", args.vocab_size, ")");
 }
@@ -45,8 +46,9 @@ std::tuple<Tensor, Tensor> forward(Tensor logits, Tensor target, int64_t vocab_s
   Tensor x = dense(logits);
   Tensor loss = new_tensor(logits, sizes(target), accumulate_type(p.type)),
          lse = new_tensor(logits, sizes(target), accumulate_type(p.type));
-  run({x.const_data_ptr(), static_cast<const int64_t*>(p.target.const_data_ptr()), loss.mutable_data_ptr(), lse.mutable_data_ptr(),
-       nullptr, nullptr, p.rows, p.cols, 0, vocab_size, ignore_index, label_smoothing, z_loss, p.type});
+  run_forward(logits, {x.const_data_ptr(), static_cast<const int64_t*>(p.target.const_data_ptr()), loss.mutable_data_ptr(),
+                       lse.mutable_data_ptr(), nullptr, nullptr, p.rows, p.cols, 0, vocab_size, ignore_index, label_smoothing,
+                       z_loss, p.type});
   return {loss, lse};
 }
 
@@ -56,21 +58,32 @@ Tensor partial(Tensor logits, Tensor target, int64_t vocab_start, int64_t vocab_
   std::vector<int64_t> size = sizes(target);
   size.push_back(3);
   Tensor x = dense(logits), out = new_tensor(logits, size, accumulate_type(p.type));
-  run({x.const_data_ptr(), static_cast<const int64_t*>(p.target.const_data_ptr()), nullptr, nullptr, out.mutable_data_ptr(),
-       nullptr, p.rows, p.cols, vocab_start, vocab_size, ignore_index, label_smoothing, 0, p.type});
+  run_forward(logits,
+              {x.const_data_ptr(), static_cast<const int64_t*>(p.target.const_data_ptr()), nullptr, nullptr, out.mutable_data_ptr(),
+               nullptr, p.rows, p.cols, vocab_start, vocab_size, ignore_index, label_smoothing, 0, p.type});
   return out;
 }
 
 void backward_into(const Tensor& dloss, const Tensor& logits, const Tensor& target, const Tensor& lse, const Tensor& dlogits,
                    int64_t vocab_start, int64_t vocab_size, int64_t ignore_index, double label_smoothing, double z_loss) {
   Problem p = problem(logits, target, vocab_start, vocab_size, label_smoothing);
-  check_row_values(kOp, "dloss", dloss, p.rows, accumulate_type(p.type));
-  check_row_values(kOp, "lse", lse, p.rows, accumulate_type(p.type));
+  check_row_values(kOp, "dloss", dloss, p.rows, accumulate_type(p.type), "logits", logits);
+  check_row_values(kOp, "lse", lse, p.rows, accumulate_type(p.type), "logits", logits);
   Tensor dl = dense(dloss), ls = dense(lse), x = dense(logits);
-  cpu::cross_entropy_backward(
-      {dl.const_data_ptr(), x.const_data_ptr(), static_cast<const int64_t*>(p.target.const_data_ptr()), ls.const_data_ptr(),
-       dlogits.mutable_data_ptr(), p.rows, p.cols, vocab_start, vocab_size, ignore_index, label_smoothing, z_loss, p.type},
-      parallel_for);
+  CrossEntropyBackward call{dl.const_data_ptr(),
+                            x.const_data_ptr(),
+                            static_cast<const int64_t*>(p.target.const_data_ptr()),
+                            ls.const_data_ptr(),
+                            dlogits.mutable_data_ptr(),
+                            p.rows,
+                            p.cols,
+                            vocab_start,
+                            vocab_size,
+                            ignore_index,
+                            label_smoothing,
+                            z_loss,
+                            p.type};
+  run(kOp, Device(logits), kernels::cross_entropy_backward, call);
 }
 
 Tensor backward(Tensor dloss, Tensor logits, Tensor target, Tensor lse, int64_t vocab_start, int64_t vocab_size,
@@ -89,7 +102,7 @@ void backward_inplace(Tensor dloss, Tensor logits, Tensor target, Tensor lse, in
 }  // namespace
 }  // namespace mk::binding
 
-STABLE_TORCH_LIBRARY_IMPL(megatron_kernels, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(MK_NAMESPACE, MK_KEY, m) {
   m.impl("cross_entropy_forward", TORCH_BOX(&mk::binding::forward));
   m.impl("cross_entropy_partial", TORCH_BOX(&mk::binding::partial));
   m.impl("cross_entropy_backward", TORCH_BOX(&mk::binding::backward));

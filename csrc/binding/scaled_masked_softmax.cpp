@@ -11,6 +11,7 @@ constexpr const char* kOp = "scaled_masked_softmax";
 // The strides with which `mask` broadcasts over x, neighbouring dimensions merged where one stride serves both.
 RowMask row_mask(const Tensor& x, const Tensor& mask) {
   check(mask.scalar_type() == ScalarType::Bool, kOp, "mask must be bool (True = masked out), got ", name(mask.scalar_type()));
+  check_device(kOp, "mask", mask, "x", x);
   int64_t dims = x.dim(), offset = dims - mask.dim();
   auto fits = [&](int64_t d) { return mask.size(d) == 1 || mask.size(d) == x.size(d + offset); };
   bool ok = offset >= 0;
@@ -53,9 +54,9 @@ Tensor forward(Tensor x, std::optional<Tensor> mask, double scale, bool causal) 
   std::optional<Tensor> bytes;
   if (mask) bytes = columns_together(*mask);
   Tensor xc = dense(x), y = new_like(x);
-  cpu::scaled_masked_softmax_forward(
-      {xc.const_data_ptr(), bytes ? row_mask(x, *bytes) : RowMask{}, y.mutable_data_ptr(), rows, cols, sq, scale, causal, type},
-      parallel_for);
+  SoftmaxForward call{
+      xc.const_data_ptr(), bytes ? row_mask(x, *bytes) : RowMask{}, y.mutable_data_ptr(), rows, cols, sq, scale, causal, type};
+  run(kOp, Device(x), kernels::scaled_masked_softmax_forward, call);
   return y;
 }
 
@@ -64,16 +65,16 @@ Tensor backward(Tensor dy, Tensor y, double scale, bool causal) {
   check_same(kOp, "dy", dy, "y", y);
   auto [rows, cols] = rows_of(kOp, "y", y);
   Tensor dyc = dense(dy), yc = dense(y), dx = new_like(y);
-  cpu::scaled_masked_softmax_backward(
-      {dyc.const_data_ptr(), yc.const_data_ptr(), dx.mutable_data_ptr(), rows, cols, queries(y, causal), scale, causal, type},
-      parallel_for);
+  SoftmaxBackward call{
+      dyc.const_data_ptr(), yc.const_data_ptr(), dx.mutable_data_ptr(), rows, cols, queries(y, causal), scale, causal, type};
+  run(kOp, Device(y), kernels::scaled_masked_softmax_backward, call);
   return dx;
 }
 
 }  // namespace
 }  // namespace mk::binding
 
-STABLE_TORCH_LIBRARY_IMPL(megatron_kernels, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(MK_NAMESPACE, MK_KEY, m) {
   m.impl("scaled_masked_softmax_forward", TORCH_BOX(&mk::binding::forward));
   m.impl("scaled_masked_softmax_backward", TORCH_BOX(&mk::binding::backward));
 }

@@ -1,8 +1,10 @@
 // The table of contents: every op, with its arguments. Implementations for a device register in the files beside this one.
+#if !defined(MK_BINDING_SIMT)
 #include "../cpu/isa.h"
+#endif
 #include "tensor.h"
 
-STABLE_TORCH_LIBRARY(megatron_kernels, m) {
+STABLE_TORCH_LIBRARY(MK_NAMESPACE, m) {
   m.def("scaled_masked_softmax_forward(Tensor x, Tensor? mask, float scale, bool causal) -> Tensor");
   m.def("scaled_masked_softmax_backward(Tensor dy, Tensor y, float scale, bool causal) -> Tensor");
   m.def("bias_gelu_forward(Tensor x, Tensor bias, bool tanh) -> Tensor");
@@ -23,9 +25,13 @@ STABLE_TORCH_LIBRARY(megatron_kernels, m) {
   m.def(
       "cross_entropy_backward_(Tensor dloss, Tensor(a!) logits, Tensor target, Tensor lse, int vocab_start, int vocab_size, "
       "int ignore_index, float label_smoothing, float z_loss) -> ()");
+#if !defined(MK_BINDING_SIMT)
   m.def("_isa() -> str");
   m.def("_set_isa(str name) -> ()");
+#endif
 }
+
+#if !defined(MK_BINDING_SIMT)
 
 namespace {
 
@@ -41,3 +47,4 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_kernels, CompositeExplicitAutograd, m) {
   m.impl("_isa", TORCH_BOX(&isa));
   m.impl("_set_isa", TORCH_BOX(&set_isa));
 }
+#endif

@@ -17,6 +17,8 @@
 
 #define MK_FN inline __attribute__((always_inline))
 
+#include "../elementary.h"
+
 namespace mk {
 namespace {
 
@@ -51,24 +53,6 @@ template <class A>
 using vec_t = typename Simd<A>::V;
 template <class T>
 constexpr int kLanes = Simd<acc_t<T>>::kLanes;
-
-template <class A>
-constexpr A kInfinity = A(__builtin_huge_val());
-template <class A>
-constexpr A kNaN = A(__builtin_nan(""));
-
-template <class T>
-MK_FN T min(T a, T b) {
-  return a < b ? a : b;
-}
-template <class T>
-MK_FN T max(T a, T b) {
-  return a > b ? a : b;
-}
-template <class C, class V>
-MK_FN V select(C condition, V yes, V no) {
-  return condition ? yes : no;
-}
 
 template <class A>
 MK_FN vec_t<A> broadcast(A a) {
@@ -310,26 +294,19 @@ MK_FN A exp2_one(A x) {
   return exp2(broadcast(x))[0];
 }
 
-// e^(x^2) erfc(x) for x >= 0: a minimax polynomial in 1 / (1 + 0.35 x), relative error 2e-8 up to x = 10; beyond that
-// e^(-x^2) is 0 in float.
-MK_FN vec_t<float> erfcx(vec_t<float> x) {
-  vec_t<float> t = 1.f / (1.f + 0.35f * x);
-  vec_t<float> p = 0.0650749215f * t - 0.392204257f;
-  p = p * t + 0.820446426f;
-  p = p * t - 0.713561407f;
-  p = p * t + 0.649497983f;
-  p = p * t - 0.0621893391f;
-  p = p * t + 0.248029448f;
-  p = p * t + 0.186363656f;
-  p = p * t + 0.198592276f;
-  return p * t - 4.97254800e-5f;
-}
+// e^(x^2) erfc(x) for x >= 0.
+MK_FN vec_t<float> erfcx(vec_t<float> x) { return erfcx_polynomial(1.f / (1.f + 0.35f * x)); }
 MK_FN vec_t<double> erfcx(vec_t<double> x) {
   for (int i = 0; i < Simd<double>::kLanes; ++i)  // beyond 26 erfc is subnormal
     x[i] = x[i] > 26. ? 0.56418958354775629 / x[i] : __builtin_exp(x[i] * x[i]) * __builtin_erfc(x[i]);
   return x;
 }
 
+// The quotient of numbers whose size lets a GPU take the quick way: |b| < 2^126.
+template <class V>
+MK_FN V divide(V a, V b) {
+  return a / b;
+}
 MK_FN float log(float x) { return __builtin_logf(x); }
 MK_FN double log(double x) { return __builtin_log(x); }
 MK_FN float rsqrt(float x) { return 1.f / __builtin_sqrtf(x); }

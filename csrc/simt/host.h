@@ -7,12 +7,14 @@
 #include <initializer_list>
 
 #include "../dtype.h"
+#include "../stream.h"
 #include "report.h"
 
 #define MK_FN inline __attribute__((always_inline))
 #define MK_KERNEL static
 #define MK_MAX_THREADS(...)
 #define MK_UNROLL
+#define MK_NO_UNROLL
 #define MK_SHARED(type, name, count)                                                                           \
   ::mk::simt::Shared<type> name {                                                                              \
     ::mk::simt::host::shared_array(#name, int(count), int(sizeof(type)), ::mk::simt::Site(__FILE__, __LINE__)) \
@@ -21,9 +23,11 @@
 namespace mk::math {
 
 MK_FN float exp2(float x) { return __builtin_exp2f(x); }
-MK_FN float reciprocal(float x) { return 1.f / x; }
+MK_FN float divide(float a, float b) { return a / b; }
 MK_FN float rsqrt(float x) { return 1.f / __builtin_sqrtf(x); }
 MK_FN float log(float x) { return __builtin_logf(x); }
+// NaN where either is.
+MK_FN float maximum(float a, float b) { return a > b || a != a ? a : b; }
 
 }  // namespace mk::math
 
@@ -58,9 +62,6 @@ template <class T>
 Tensor updates(const char* name, T* data, int64_t n) {
   return {name, reinterpret_cast<char*>(data), n, sizeof(T), true, true};
 }
-
-using Stream = void*;
-using Error = const char*;
 
 namespace host {
 
@@ -171,7 +172,7 @@ uint32_t pack(Type<T> type, float low, float high) {
   return to_bits(type, low) | to_bits(type, high) << 16;
 }
 
-inline int multiprocessors() { return host::options().multiprocessors; }
+inline int multiprocessors(Stream) { return host::options().multiprocessors; }
 
 template <class... Parameters, class... Arguments>
 Error launch(const char* name, std::initializer_list<Tensor> tensors, int64_t blocks, int threads, Stream,

@@ -8,6 +8,7 @@
 #include <initializer_list>
 
 #include "../dtype.h"
+#include "../stream.h"
 
 #define MK_FN __device__ __forceinline__
 #define MK_KERNEL static __global__
@@ -15,6 +16,7 @@
 // multiprocessor; the compiler shares out registers accordingly.
 #define MK_MAX_THREADS(...) __launch_bounds__(__VA_ARGS__)
 #define MK_UNROLL _Pragma("unroll")
+#define MK_NO_UNROLL _Pragma("unroll 1")
 
 // A shared array: `count` elements of `type`, of unknown value at first, as a Shared<type> called `name`.
 #define MK_SHARED(type, name, count)                                           \
@@ -29,9 +31,20 @@ MK_FN float exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-MK_FN float reciprocal(float x) { return __fdividef(1.f, x); }
+// Two instructions, 2 ulp, for |b| < 2^126; beyond that 0. A b below the smallest normal number counts as 0.
+MK_FN float divide(float a, float b) {
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(b));
+  return a * reciprocal;
+}
 MK_FN float rsqrt(float x) { return ::rsqrtf(x); }
 MK_FN float log(float x) { return ::logf(x); }
+// NaN where either is.
+MK_FN float maximum(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
 
 }  // namespace mk::math
 
@@ -134,9 +147,6 @@ MK_FN uint32_t pack(Type<half>, float low, float high) {
   return word;
 }
 
-using Stream = void*;       // a cudaStream_t
-using Error = const char*;  // null where all is well
-
 // What a kernel is to do with a tensor of n elements, for the host build's checks.
 struct Tensor {};
 template <class T>
@@ -152,11 +162,9 @@ Tensor updates(const char*, T*, int64_t) {
   return {};
 }
 
-// Of the current device.
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+inline int multiprocessors(Stream stream) {
+  int count = 0;
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, stream.device);
   return count > 0 ? count : 1;
 }
 
@@ -167,8 +175,12 @@ Error launch(const char*, std::initializer_list<Tensor>, int64_t blocks, int thr
   if (blocks == 0) return nullptr;
   if (blocks < 0 || blocks > 0x7fffffff) return "the grid needs more than 2^31 - 1 blocks";
   if (threads <= 0 || threads > 1024 || threads % 32) return "a block has whole warps and at most 1024 threads";
-  kernel<<<unsigned(blocks), unsigned(threads), 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  cudaError_t error = cudaGetLastError();
+  // This library has a runtime of its own (linked statically), which learns of the device here; the caller's guard puts it back.
+  cudaError_t error = cudaSetDevice(stream.device);
+  if (error == cudaSuccess) {
+    kernel<<<unsigned(blocks), unsigned(threads), 0, static_cast<cudaStream_t>(stream.handle)>>>(arguments...);
+    error = cudaGetLastError();
+  }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -10,7 +10,7 @@ struct Sum {
 };
 // NaN in, NaN out.
 struct Max {
-  MK_FN float operator()(float a, float b) const { return a > b || a != a ? a : b; }
+  MK_FN float operator()(float a, float b) const { return math::maximum(a, b); }
 };
 
 // Over each group of kLanes neighbouring lanes. T is a float or a struct of floats.

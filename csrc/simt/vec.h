@@ -140,9 +140,9 @@ MK_FN void store_one(T* p, float value, Site site = {}) {
   store(p, Floats<1>{{value}}, site);
 }
 
-MK_FN int lane() { return thread() % 32; }
-MK_FN int warp() { return thread() / 32; }
-MK_FN int warps() { return threads() / 32; }
+MK_FN int lane() { return thread() & 31; }
+MK_FN int warp() { return thread() >> 5; }
+MK_FN int warps() { return threads() >> 5; }
 
 // Threads that share a row.
 struct Team {
@@ -151,7 +151,7 @@ struct Team {
 MK_FN Team whole_block() { return {thread(), threads()}; }
 template <int kLanes = 32>
 MK_FN Team lanes() {
-  return {thread() % kLanes, kLanes};
+  return {thread() & (kLanes - 1), kLanes};
 }
 
 // A row as single elements, packets, single elements.
@@ -179,6 +179,31 @@ MK_FN void for_each_packet(Span<W> s, Team team, const F& body) {
     for (int64_t k = team.rank; k < s.singles(); k += team.size) body(s.single_column(k), Width<1>{});
 }
 
+// As for_each_packet, but body(column, packet), and kBatch packets at a time are loaded before the first is used: as many loads
+// are under way. kOnce as in load_once.
+template <int kBatch, bool kOnce, int W, class T, class F>
+MK_FN void for_each_loaded(const T* row, Span<W> s, Team team, const F& body, Site site = {}) {
+  for (int64_t begin = team.rank; begin < s.packets; begin += int64_t(kBatch) * team.size) {
+    Packet<T, W> batch[kBatch];
+    MK_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      int64_t k = begin + int64_t(i) * team.size;
+      if (k < s.packets) batch[i] = load_as<kOnce, T, W>(row + s.packet_column(k), site);
+    }
+    MK_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      int64_t k = begin + int64_t(i) * team.size;
+      if (k < s.packets) body(s.packet_column(k), batch[i]);
+    }
+  }
+  if constexpr (W > 1)
+    for (int64_t k = team.rank; k < s.singles(); k += team.size) {
+      int64_t j = s.single_column(k);
+      Packet<T, 1> single = load_as<kOnce, T, 1>(row + j, site);
+      body(j, single);
+    }
+}
+
 // This thread's part of a row, in registers: a row of at most kPackets * W * team.size elements that is walked by at least 2W - 2
 // threads, or that has no single elements.
 template <class T, int W, int kPackets>
@@ -188,16 +213,24 @@ struct CachedRow {
   Packet<T, W> packets[kPackets];
   Packet<T, 1> single;
 
+  // body(i, column of packets[i]). Addresses that differ by a constant share their registers, and comparing 32-bit numbers takes
+  // half the instructions.
+  template <class F>
+  MK_FN void for_each_index(const F& body) const {
+    int left = int(min(span.packets, int64_t(0x7fffffff))) - team.rank;
+    int64_t first = span.packet_column(team.rank);
+    MK_UNROLL
+    for (int i = 0; i < kPackets; ++i)
+      if (i * team.size < left) body(i, first + i * team.size * W);
+  }
+  MK_FN bool has_single() const { return W > 1 && team.rank < int(span.singles()); }
+
   // body(column, packet): a reference to a Packet<T, W> or Packet<T, 1>.
   template <class F>
   MK_FN void for_each(const F& body) {
-    MK_UNROLL
-    for (int i = 0; i < kPackets; ++i) {
-      int64_t k = team.rank + int64_t(i) * team.size;
-      if (k < span.packets) body(span.packet_column(k), packets[i]);
-    }
+    for_each_index([&](int i, int64_t j) { body(j, packets[i]); });
     if constexpr (W > 1)
-      if (team.rank < span.singles()) body(span.single_column(team.rank), single);
+      if (has_single()) body(span.single_column(team.rank), single);
   }
 };
 template <int kPackets, int W, class T>

@@ -1,7 +1,7 @@
 // cross_entropy against its formula in long double: a whole vocabulary, the same cut into shards, in place and not.
 #include "../../csrc/cross_entropy.h"
 
-#include "testing.h"
+#include "simt_testing.h"
 
 using namespace test;
 
@@ -72,9 +72,10 @@ void check_whole_forward(const Problem& p) {
   std::vector<Buffer> out = on_every_pool([&](ParallelFor pool) {
     Buffer loss(acc(c.type), c.rows, p.offset), lse(acc(c.type), c.rows, p.offset);
     int64_t bad_row = c.rows;
-    mk::cpu::cross_entropy_forward({p.logits.data(), p.target.data(), loss.data(), lse.data(), nullptr, &bad_row, c.rows, c.cols, 0,
-                                    c.classes, kIgnore, c.smoothing, c.z_loss, c.type},
-                                   pool);
+    call(BOTH(cross_entropy_forward),
+         {p.logits.data(), p.target.data(), loss.data(), lse.data(), nullptr, &bad_row, c.rows, c.cols, 0, c.classes, kIgnore,
+          c.smoothing, c.z_loss, c.type},
+         pool);
     CHECK(bad_row == c.rows);
     return list(std::move(loss), std::move(lse));
   });
@@ -96,9 +97,10 @@ void check_shards_forward(const Problem& p, const std::vector<int64_t>& bounds) 
     std::vector<Buffer> out = on_every_pool([&](ParallelFor pool) {
       Buffer partial(acc(c.type), c.rows * 3, p.offset);
       int64_t bad_row = c.rows;
-      mk::cpu::cross_entropy_forward({logits.data(), p.target.data(), nullptr, nullptr, partial.data(), &bad_row, c.rows,
-                                      bounds[s + 1] - bounds[s], bounds[s], c.classes, kIgnore, c.smoothing, 0, c.type},
-                                     pool);
+      call(BOTH(cross_entropy_forward),
+           {logits.data(), p.target.data(), nullptr, nullptr, partial.data(), &bad_row, c.rows, bounds[s + 1] - bounds[s],
+            bounds[s], c.classes, kIgnore, c.smoothing, 0, c.type},
+           pool);
       CHECK(bad_row == c.rows);
       return list(std::move(partial));
     });
@@ -119,19 +121,21 @@ void check_shards_forward(const Problem& p, const std::vector<int64_t>& bounds) 
   }
 }
 
-void check_backward(const Problem& p, int64_t first, int64_t last) {
+// `shift`: how much further from an aligned address than the logits their gradient begins.
+void check_backward(const Problem& p, int64_t first, int64_t last, int shift = 0) {
   const Case& c = p.c;
   int64_t cols = last - first;
   auto run = [&](ParallelFor pool, bool in_place) {
-    Buffer logits = p.columns(first, last), dlogits(c.type, c.rows * cols, p.offset);
+    Buffer logits = p.columns(first, last), dlogits(c.type, c.rows * cols, p.offset + (in_place ? 0 : shift));
     Buffer& to = in_place ? logits : dlogits;
-    mk::cpu::cross_entropy_backward({p.dloss.data(), logits.data(), p.target.data(), p.lse.data(), to.data(), c.rows, cols, first,
-                                     c.classes, kIgnore, c.smoothing, c.z_loss, c.type},
-                                    pool);
+    call(BOTH(cross_entropy_backward),
+         {p.dloss.data(), logits.data(), p.target.data(), p.lse.data(), to.data(), c.rows, cols, first, c.classes, kIgnore,
+          c.smoothing, c.z_loss, c.type},
+         pool);
     return list(std::move(to));
   };
   std::vector<Buffer> out = on_every_pool([&](ParallelFor pool) { return run(pool, false); });
-  if (on_every_pool([&](ParallelFor pool) { return run(pool, true); }) != out) fail("in place gives another gradient");
+  if (!shift && on_every_pool([&](ParallelFor pool) { return run(pool, true); }) != out) fail("in place gives another gradient");
 
   for (int64_t row = 0; row < c.rows; ++row)
     for (int64_t j = first; j < last; ++j) {
@@ -170,27 +174,46 @@ double row_loss(const std::vector<double>& values, int64_t target, double smooth
   int64_t n = int64_t(values.size()), bad_row = 1;
   Buffer logits(DType::f32, n, 0), loss(DType::f32, 1, 0), lse(DType::f32, 1, 0);
   for (int64_t j = 0; j < n; ++j) logits.set(j, values[j]);
-  mk::cpu::cross_entropy_forward(
-      {logits.data(), &target, loss.data(), lse.data(), nullptr, &bad_row, 1, n, 0, n, kIgnore, smoothing, 0, DType::f32}, serial);
+  call(BOTH(cross_entropy_forward),
+       {logits.data(), &target, loss.data(), lse.data(), nullptr, &bad_row, 1, n, 0, n, kIgnore, smoothing, 0, DType::f32}, serial);
   return loss[0];
 }
 
 }  // namespace
 
 TEST(every_width) {
-  for (DType type : kTypes)
+  for (DType type : types())
     for (int64_t cols : {1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 65, 127, 129, 511, 512, 513, 1025, 5003}) {
       check({type, 5, cols, cols});
       check({type, 5, cols, cols, 0.1, 1e-3});
     }
 }
 
+// Rows of several chunks, and of several rounds of a block's threads.
+TEST(long_rows) {
+  for (DType type : types())
+    for (int64_t cols : {4096, 8192, 8200, 16391, 33001}) {
+      check({type, 4, cols, cols});
+      check({type, 4, cols, cols - 2500, 0.1, 1e-3});
+    }
+}
+
+TEST(gradients_that_lie_unlike_the_logits) {
+  for (DType type : types())
+    for (int64_t cols : {5, 33, 512, 513, 5003}) {
+      describe("%s, %ld columns", format(type).name, long(cols));
+      Problem p({type, 5, cols, cols, 0.1, 1e-3}, 0);
+      check_backward(p, 0, cols, 1);
+      check_backward(p, cols / 3, cols, 3);
+    }
+}
+
 TEST(no_rows) {
-  for (DType type : kTypes) check({type, 0, 5, 5});
+  for (DType type : types()) check({type, 0, 5, 5});
 }
 
 TEST(padding_is_no_class) {
-  for (DType type : kTypes)
+  for (DType type : types())
     for (int64_t classes : {1, 31, 512, 1000}) check({type, 6, 1025, classes, 0.2, 1e-2});
 }
 
@@ -200,7 +223,7 @@ TEST(smoothing_and_z_loss) {
 }
 
 TEST(shards_of_a_vocabulary) {
-  for (DType type : kTypes)
+  for (DType type : types())
     for (int64_t classes : {1, 40, 499, 1300})  // with 1 and 40 the last shards are all padding
       for (double smoothing : {0., 0.1}) check({type, 7, 1300, classes, smoothing, 1e-3, true});
 }
@@ -209,21 +232,62 @@ TEST(targets_that_are_no_class) {
   int64_t rows = 40, cols = 17, classes = 15;
   std::vector<int64_t> target(rows, 3);
   target[11] = classes, target[9] = -1, target[30] = 1 << 20, target[5] = kIgnore;
+  auto is_bad = [](int64_t row) { return row == 9 || row == 11 || row == 30; };
+  Buffer logits(DType::f32, rows * cols, 0), ones(DType::f32, rows, 0);
+  logits.fill(1);
+  for (int64_t row = 0; row < rows; ++row) ones.set(row, 1);
   for (bool partial : {false, true}) {
+    describe("partial %d", partial);
     std::vector<Buffer> out = on_every_pool([&](ParallelFor pool) {
-      Buffer logits(DType::f32, rows * cols, 0), loss(DType::f32, rows, 0), lse(DType::f32, rows, 0),
-          parts(DType::f32, rows * 3, 0);
-      logits.fill(1);
+      Buffer loss(DType::f32, rows, 0), lse(DType::f32, rows, 0), parts(DType::f32, rows * 3, 0);
       int64_t bad_row = rows;
-      mk::cpu::cross_entropy_forward(
-          {logits.data(), target.data(), partial ? nullptr : loss.data(), partial ? nullptr : lse.data(),
-           partial ? parts.data() : nullptr, &bad_row, rows, cols, 0, classes, kIgnore, 0, 0, DType::f32},
-          pool);
-      CHECK(bad_row == 9);
+      call(BOTH(cross_entropy_forward),
+           {logits.data(), target.data(), partial ? nullptr : loss.data(), partial ? nullptr : lse.data(),
+            partial ? parts.data() : nullptr, &bad_row, rows, cols, 0, classes, kIgnore, 0, 0, DType::f32},
+           pool);
+      CHECK(bad_row == (on_simt ? rows : 9));
       return list(std::move(partial ? parts : loss));
     });
-    for (int64_t row : {int64_t(9), int64_t(11), int64_t(30)}) CHECK(isnan(out[0][partial ? row * 3 + 2 : row]));
-    for (int64_t row : {int64_t(5), int64_t(8), rows - 1}) CHECK(!isnan(out[0][partial ? row * 3 + 2 : row]));
+    for (int64_t row = 0; row < rows; ++row) CHECK(isnan(out[0][partial ? row * 3 + 2 : row]) == is_bad(row));
+  }
+  std::vector<Buffer> out = on_every_pool([&](ParallelFor pool) {
+    Buffer dlogits(DType::f32, rows * cols, 0);
+    call(
+        BOTH(cross_entropy_backward),
+        {ones.data(), logits.data(), target.data(), ones.data(), dlogits.data(), rows, cols, 0, classes, kIgnore, 0, 0, DType::f32},
+        pool);
+    return list(std::move(dlogits));
+  });
+  for (int64_t i = 0; i < rows * cols; ++i) CHECK(isnan(out[0][i]) == (is_bad(i / cols) && i % cols < classes));
+}
+
+// What a shard hands over of rows that are ignored, are all -inf, or have no column here.
+TEST(partial_results_of_nothing) {
+  for (int64_t cols : {3, 40, 5000}) {
+    describe("%ld columns", long(cols));
+    std::vector<int64_t> target = {kIgnore, 1, 1, 1};
+    int64_t rows = int64_t(target.size());
+    Buffer logits(DType::f32, rows * cols, 0);
+    logits.fill(1);
+    for (int64_t j = 0; j < cols; ++j) logits.set(cols + j, -INFINITY);
+    for (int64_t start : {int64_t(0), cols}) {  // the second shard is all padding
+      std::vector<Buffer> out = on_every_pool([&](ParallelFor pool) {
+        Buffer partial(DType::f32, rows * 3, 0);
+        int64_t bad_row = rows;
+        call(BOTH(cross_entropy_forward),
+             {logits.data(), target.data(), nullptr, nullptr, partial.data(), &bad_row, rows, cols, start, cols, kIgnore, 0, 0,
+              DType::f32},
+             pool);
+        return list(std::move(partial));
+      });
+      for (int64_t row = 0; row < rows; ++row)
+        if (start || row < 2) {
+          CHECK(out[0][row * 3] == -INFINITY && out[0][row * 3 + 1] == 0);
+          CHECK(out[0][row * 3 + 2] == (!start && row == 1 ? -INFINITY : 0));
+        } else {
+          CHECK(isfinite(out[0][row * 3]) && out[0][row * 3 + 1] >= 1);
+        }
+    }
   }
 }
 
@@ -252,5 +316,122 @@ TEST(nan_reaches_the_loss) {
 }
 
 TEST(large_logits_do_not_cancel) {
-  for (double centre : {1e4, -1e4, 3e38}) CHECK(fabs(row_loss({centre, centre, centre, centre}, 2) - log(4)) < 1e-6);
+  for (double centre : {1e4, -1e4, 3e38})
+    for (int n : {4, 40, 2000}) CHECK(fabs(row_loss(std::vector<double>(n, centre), 2) - log(n)) < 1e-6);
+}
+
+namespace {
+
+void check_traffic(DType type, int64_t cols, int64_t classes) {
+  describe("%s, %ld columns, %ld classes", format(type).name, long(cols), long(classes));
+  int64_t rows = 6, width = format(type).bytes, read = 5 * classes * width;  // but for the ignored row
+  std::vector<int64_t> target = {0, classes - 1, kIgnore, 5, 6, 7};
+  Buffer logits(type, rows * cols, 0), dlogits(type, rows * cols, 0), loss(DType::f32, rows, 0), lse(DType::f32, rows, 0),
+      partial(DType::f32, rows * 3, 0), dloss(DType::f32, rows, 0);
+  logits.fill(1), dloss.fill(2);
+  auto narrow_ends = [&](const std::vector<Traffic>& all, const char* tensor, int64_t ends) {
+    CHECK(traffic_of(all, tensor).narrow <= rows * (ends * (16 / width - 1) + 1));
+  };
+  begin({});
+  expect_ok(mk::cuda::cross_entropy_forward(
+      {logits.data(), target.data(), loss.data(), lse.data(), nullptr, nullptr, rows, cols, 0, classes, kIgnore, 0.1, 0.1, type},
+      {}));
+  std::vector<Traffic> forward = mk::simt::host::take_traffic();
+  expect_traffic(forward, "logits", read + 5 * width, 0);  // the target's once more
+  expect_traffic(forward, "loss", 0, 4 * rows);
+  expect_traffic(forward, "lse", 0, 4 * rows);
+  narrow_ends(forward, "logits", 2);
+  int64_t packets = classes * width / 16, threads = packets > 128 ? std::min<int64_t>(512, (packets + 127) / 128 * 32) : 32;
+  expect_traffic(forward, "target", rows * threads * 8, 0);
+
+  expect_ok(mk::cuda::cross_entropy_forward(
+      {logits.data(), target.data(), nullptr, nullptr, partial.data(), nullptr, rows, cols, 0, classes, kIgnore, 0, 0, type}, {}));
+  forward = mk::simt::host::take_traffic();
+  expect_traffic(forward, "logits", read + 5 * width, 0);
+  expect_traffic(forward, "partial", 0, 12 * rows);
+
+  expect_ok(mk::cuda::cross_entropy_backward(
+      {dloss.data(), logits.data(), target.data(), lse.data(), dlogits.data(), rows, cols, 0, classes, kIgnore, 0.1, 0.1, type},
+      {}));
+  std::vector<Traffic> backward = mk::simt::host::take_traffic();
+  expect_traffic(backward, "logits", read, 0);
+  expect_traffic(backward, "dlogits", 0, rows * cols * width);
+  narrow_ends(backward, "logits", 2);
+  narrow_ends(backward, "dlogits", 4);  // of what is class and of what is padding
+  packets = (cols * width + 31) / 16, threads = packets > 128 ? packets / 4 + 32 * (packets / 1024 + 1) : 32;  // at most
+  CHECK(traffic_of(backward, "target").read <= rows * threads * 8);
+  CHECK(traffic_of(backward, "lse").read <= 5 * threads * 4 && traffic_of(backward, "dloss").read <= 5 * threads * 4);
+  expect_no_findings();
+}
+
+}  // namespace
+
+TEST(every_logit_is_moved_once) {
+  if (!on_simt) return;
+  for (DType type : types())
+    for (int64_t cols : {1024, 1031, 5000, 20001}) {
+      check_traffic(type, cols, cols);
+      check_traffic(type, cols, cols - 47);
+    }
+}
+
+// The last blocks of tensors that are mostly address space.
+TEST(more_elements_than_32_bits_count) {
+  if (!on_simt) return;
+  constexpr DType kType = DType::bf16;
+  constexpr int64_t kCols = 131072, kRows = (int64_t(1) << 31) / kCols + 1, kTarget = kCols - 3;
+  Format f = format(kType);
+  Options options;
+  options.first_block = kRows - 1;
+  begin(options);
+  Mapping logits(kRows * kCols * 2), dlogits(kRows * kCols * 2);
+  std::vector<int64_t> target(kRows, kTarget);
+  Buffer loss(DType::f32, kRows, 0), lse(DType::f32, kRows, 0), dloss(DType::f32, kRows, 0);
+  reinterpret_cast<uint16_t*>(logits.data)[(kRows - 1) * kCols + kTarget] = encode(10, f);
+  expect_ok(mk::cuda::cross_entropy_forward(
+      {logits.data, target.data(), loss.data(), lse.data(), nullptr, nullptr, kRows, kCols, 0, kCols, kIgnore, 0, 0, kType}, {}));
+  Real exact = logl(kCols - 1 + expl(10));
+  near("lse", lse, kRows - 1, exact, 1e-5);
+  near("loss", loss, kRows - 1, exact - 10, 1e-5);
+
+  constexpr int64_t kChunks = kCols / 8192;
+  options.first_block = kRows * kChunks - 1;
+  begin(options);
+  dloss.set(kRows - 1, 1), lse.set(kRows - 1, double(exact));
+  expect_ok(mk::cuda::cross_entropy_backward(
+      {dloss.data(), logits.data, target.data(), lse.data(), dlogits.data, kRows, kCols, 0, kCols, kIgnore, 0, 0, kType}, {}));
+  Buffer seen(kType, 8192, 0);
+  memcpy(seen.data(), dlogits.data + (kRows * kCols - 8192) * 2, 8192 * 2);
+  for (int64_t j = 0; j < 8192; ++j) {
+    bool hit = j == kTarget % 8192;
+    Real value = hit ? expl(10 - exact) - 1 : expl(-exact);
+    near("dlogits", seen, j, value, eps(kType) * fabsl(value) + 1e-7 * hit);
+  }
+  expect_no_findings();
+
+  // The target is in another chunk of the row, a multiple of 2^32 columns away.
+  constexpr int64_t kFar = int64_t(1) << 32, kLong = kFar + 8192;
+  dloss.set(0, 1), lse.set(0, 0);
+  for (int64_t first : {int64_t(0), kFar}) {
+    describe("chunk at %ld", long(first));
+    options.first_block = first / 8192, options.last_block = options.first_block + 1;
+    begin(options);
+    Mapping row(kLong * 2);
+    target[0] = kFar - first + 5;
+    expect_ok(mk::cuda::cross_entropy_backward(
+        {dloss.data(), row.data, target.data(), lse.data(), row.data, 1, kLong, 0, kLong, kIgnore, 0, 0, kType}, {}));
+    memcpy(seen.data(), row.data + first * 2, 8192 * 2);
+    for (int64_t j = 0; j < 8192; ++j) near("dlogits", seen, j, 1, 0);
+    expect_no_findings();
+  }
+  begin({});
+}
+
+TEST(float64_is_refused) {
+  if (!on_simt) return;
+  for (mk::Error error :
+       {mk::cuda::cross_entropy_forward(
+            {nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 1, 1, 0, 1, kIgnore, 0, 0, DType::f64}, {}),
+        mk::cuda::cross_entropy_backward({nullptr, nullptr, nullptr, nullptr, nullptr, 1, 1, 0, 1, kIgnore, 0, 0, DType::f64}, {})})
+    CHECK(error && strstr(error, "float64"));
 }

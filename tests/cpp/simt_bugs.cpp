@@ -1,7 +1,5 @@
 // The finder is tested by bugs: one kernel, right where kBug is none, and wrong in one place for each other value. Every bug must
 // be reported by its kind and place, in every order of threads; the right kernel must give right numbers and nothing to report.
-#include <sys/mman.h>
-
 #include "../../csrc/simt/simt.h"
 #include "simt_testing.h"
 
@@ -12,6 +10,7 @@ using test::describe;
 using test::fail;
 using test::Kind;
 using test::kSeeds;
+using test::Mapping;
 
 namespace {
 
@@ -135,7 +134,7 @@ Run run(uint64_t seed) {
   float* work = out.work.data();
   const char* error =
       launch("scale_by_sum", {reads("x", from, x.size()), writes("y", to, y.size()), updates("work", work, kRows * 2)}, kRows,
-             kThreads, nullptr, scale_by_sum_kernel<kBug, T, W>, from, to, work, int64_t(kCols));
+             kThreads, {}, scale_by_sum_kernel<kBug, T, W>, from, to, work, int64_t(kCols));
   test::expect_ok(error);
   for (int64_t i = 0; i < y.size(); ++i) out.y.push_back(float(y[i]));
   out.findings = simt::host::take_findings();
@@ -228,18 +227,6 @@ TEST(inputs_stay_as_they_are) {
 
 namespace {
 
-// Address space between as much again before and after that belongs to no tensor; only what is touched takes memory.
-struct Mapping {
-  explicit Mapping(int64_t n) : bytes(size_t(n)) {
-    void* all = mmap(nullptr, 3 * bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (all == MAP_FAILED) abort();
-    data = static_cast<char*>(all) + bytes;
-  }
-  ~Mapping() { munmap(data - bytes, 3 * bytes); }
-  size_t bytes;
-  char* data;
-};
-
 template <Bug kBug>
 std::vector<test::Finding> run_last_block(int64_t rows) {
   test::Options options;
@@ -252,7 +239,7 @@ std::vector<test::Finding> run_last_block(int64_t rows) {
   for (int64_t j = 0; j < kCols; ++j) reinterpret_cast<bfloat16*>(x.data)[(rows - 1) * kCols + j].bits = 0x3f80;
   test::expect_ok(launch("scale_by_sum",
                          {reads("x", from, rows * kCols), writes("y", to, rows * kCols), updates("work", sums, rows * 2)}, rows,
-                         kThreads, nullptr, scale_by_sum_kernel<kBug, bfloat16, 8>, from, to, sums, int64_t(kCols)));
+                         kThreads, {}, scale_by_sum_kernel<kBug, bfloat16, 8>, from, to, sums, int64_t(kCols)));
   if (kBug == none) {
     CHECK(sums[(rows - 1) * 2] == kCols);
     CHECK(to[rows * kCols - 1].bits == 0x4480);  // 1024

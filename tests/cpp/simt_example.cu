@@ -143,7 +143,7 @@ Error normalise_short(const T* x, T* y, int64_t rows, int64_t cols) {
     constexpr int W = decltype(width)::value, kLanes = W > 1 ? 32 / W : 32;
     int64_t per_block = kThreads / kLanes;
     return launch("normalise_short", {reads("x", x, rows * cols), writes("y", y, rows * cols)}, (rows + per_block - 1) / per_block,
-                  kThreads, nullptr, normalise_short_kernel<T, W, kLanes>, x, y, rows, cols);
+                  kThreads, {}, normalise_short_kernel<T, W, kLanes>, x, y, rows, cols);
   });
 }
 
@@ -151,7 +151,7 @@ template <class T>
 Error normalise(const T* x, T* y, int64_t rows, int64_t cols) {
   return visit_width<T>(lie_alike(x, y), [&](auto width) {
     constexpr int W = decltype(width)::value, kPackets = 4096 / kThreads / W;
-    return launch("normalise", {reads("x", x, rows * cols), writes("y", y, rows * cols)}, rows, kThreads, nullptr,
+    return launch("normalise", {reads("x", x, rows * cols), writes("y", y, rows * cols)}, rows, kThreads, {},
                   normalise_kernel<T, W, kPackets>, x, y, cols);
   });
 }
@@ -159,7 +159,7 @@ Error normalise(const T* x, T* y, int64_t rows, int64_t cols) {
 template <class T>
 Error softmax_long(const T* x, T* y, int64_t rows, int64_t cols) {
   return visit_width<T>(lie_alike(x, y), [&](auto width) {
-    return launch("softmax_long", {reads("x", x, rows * cols), writes("y", y, rows * cols)}, rows, kThreads, nullptr,
+    return launch("softmax_long", {reads("x", x, rows * cols), writes("y", y, rows * cols)}, rows, kThreads, {},
                   softmax_long_kernel<T, decltype(width)::value>, x, y, cols);
   });
 }
@@ -172,12 +172,12 @@ Error masked_gelu(const T* x, const T* bias, const uint8_t* mask, T* y, int64_t 
     return launch(
         "masked_gelu",
         {reads("x", x, rows * cols), reads("bias", bias, cols), reads("mask", mask, rows * cols), writes("y", y, rows * cols)},
-        rows, kThreads, nullptr, tanh ? masked_gelu_kernel<T, W, GeluTanh<float>> : masked_gelu_kernel<T, W, GeluErf<float>>, x,
-        bias, mask, y, cols);
+        rows, kThreads, {}, tanh ? masked_gelu_kernel<T, W, GeluTanh<float>> : masked_gelu_kernel<T, W, GeluErf<float>>, x, bias,
+        mask, y, cols);
   });
 }
 
-int64_t column_sum_blocks(int64_t rows) { return rows < 2 * multiprocessors() ? rows : 2 * multiprocessors(); }
+int64_t column_sum_blocks(int64_t rows) { return rows < 2 * multiprocessors({}) ? rows : 2 * multiprocessors({}); }
 
 template <class T>
 Error column_sums(const T* x, const int64_t* index, float* partials, T* out, int64_t rows, int64_t cols) {
@@ -186,11 +186,11 @@ Error column_sums(const T* x, const int64_t* index, float* partials, T* out, int
     constexpr int W = decltype(width)::value;
     return launch("column_sums",
                   {reads("x", x, rows * cols), reads("index", index, rows), writes("partials", partials, parts * cols)}, parts,
-                  kThreads, nullptr, column_sums_kernel<T, W, 4096 / kThreads / W>, x, index, partials, rows, cols);
+                  kThreads, {}, column_sums_kernel<T, W, 4096 / kThreads / W>, x, index, partials, rows, cols);
   });
   if (error) return error;
   return launch("column_totals", {reads("partials", partials, parts * cols), writes("out", out, cols)},
-                (cols + kThreads - 1) / kThreads, kThreads, nullptr, column_totals_kernel<T>, partials, out, parts, cols);
+                (cols + kThreads - 1) / kThreads, kThreads, {}, column_totals_kernel<T>, partials, out, parts, cols);
 }
 
 #define MK_INSTANTIATE(T)                                                                     \

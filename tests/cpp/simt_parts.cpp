@@ -85,7 +85,7 @@ std::vector<float> launch_with_output(Kernel kernel, int64_t blocks, int threads
   options.seed = seed;
   test::begin(options);
   std::vector<float> out(size_t(blocks * threads), NAN);
-  test::expect_ok(launch("kernel", {writes("out", out.data(), int64_t(out.size()))}, blocks, threads, nullptr, kernel, out.data()));
+  test::expect_ok(launch("kernel", {writes("out", out.data(), int64_t(out.size()))}, blocks, threads, {}, kernel, out.data()));
   return out;
 }
 
@@ -197,8 +197,8 @@ TEST(in_place) {
       options.seed = seed;
       test::begin(options);
       std::vector<float> x(64, 3.f);
-      test::expect_ok(launch("double", {reads("x", x.data(), 64), writes("y", x.data(), 64)}, 1, 64, nullptr, double_kernel,
-                             x.data(), x.data(), ahead));
+      test::expect_ok(launch("double", {reads("x", x.data(), 64), writes("y", x.data(), 64)}, 1, 64, {}, double_kernel, x.data(),
+                             x.data(), ahead));
       auto traffic = simt::host::take_traffic();
       test::expect_traffic(traffic, "x", 256, 0);
       test::expect_traffic(traffic, "y", 0, 256);
@@ -215,8 +215,8 @@ TEST(tensors_that_overlap_in_part_are_reported) {
   test::begin({});
   std::vector<float> x(65, 3.f);
   const float* from = x.data();
-  test::expect_ok(launch("double", {reads("x", from, 64), writes("y", x.data() + 1, 64)}, 1, 64, nullptr, double_kernel, from,
-                         x.data() + 1, 0));
+  test::expect_ok(
+      launch("double", {reads("x", from, 64), writes("y", x.data() + 1, 64)}, 1, 64, {}, double_kernel, from, x.data() + 1, 0));
   CHECK(found_race(test::Kind::bad_launch));
 }
 
@@ -225,7 +225,7 @@ TEST(launches_from_several_threads) {
   test::begin({});
   auto work = [](std::vector<float>& x) {
     for (int i = 0; i < 20; ++i)
-      launch("double", {reads("x", x.data(), 64), writes("y", x.data(), 64)}, 1, 64, nullptr, double_kernel, x.data(), x.data(), 0);
+      launch("double", {reads("x", x.data(), 64), writes("y", x.data(), 64)}, 1, 64, {}, double_kernel, x.data(), x.data(), 0);
   };
   std::thread other([&] { work(b); });
   work(a);
@@ -238,7 +238,7 @@ TEST(impossible_launches_are_refused) {
   test::begin({});
   float out = 0;
   auto with = [&](int64_t blocks, int threads) {
-    return launch("kernel", {writes("out", &out, 1)}, blocks, threads, nullptr, neighbours_kernel<true>, &out);
+    return launch("kernel", {writes("out", &out, 1)}, blocks, threads, {}, neighbours_kernel<true>, &out);
   };
   CHECK(with(1, 33) && with(1, 0) && with(1, 1056) && with(-1, 32) && with(int64_t(1) << 31, 32));
   CHECK(!with(0, 32));
@@ -256,8 +256,8 @@ TEST(speed) {
     auto start = std::chrono::steady_clock::now();
     int64_t n = int64_t(x.size());
     const bfloat16* from = x.data();
-    test::expect_ok(launch("softmax", {reads("x", from, n), writes("y", y.data(), n)}, kRows, 256, nullptr,
-                           softmax_kernel<bfloat16, 8>, from, y.data(), kCols));
+    test::expect_ok(launch("softmax", {reads("x", from, n), writes("y", y.data(), n)}, kRows, 256, {}, softmax_kernel<bfloat16, 8>,
+                           from, y.data(), kCols));
     std::chrono::duration<double, std::milli> taken = std::chrono::steady_clock::now() - start;
     test::expect_no_findings();
     CHECK(y[5].bits == 0x3a00);  // 2^-11

@@ -1,6 +1,7 @@
 // For tests of what the host build of the dialect finds and counts.
 #pragma once
 #include <stdio.h>
+#include <sys/mman.h>
 
 #include "../../csrc/simt/report.h"
 #include "testing.h"
@@ -20,9 +21,6 @@ inline void begin(const Options& options) {
   mk::simt::host::take_findings();
   mk::simt::host::take_traffic();
 }
-inline void expect_no_findings() {
-  for (const Finding& f : mk::simt::host::take_findings()) fail("found %s", describe(f).c_str());
-}
 inline void expect_ok(const char* error) {
   if (error) fail("the launch says: %s", error);
 }
@@ -38,5 +36,17 @@ inline void expect_traffic(const std::vector<Traffic>& all, const char* tensor, 
     fail("%s: %ld bytes read and %ld written, expected %ld and %ld", tensor, long(t.read), long(t.written), long(read),
          long(written));
 }
+
+// Address space between as much again before and after that belongs to no tensor; only what is touched takes memory.
+struct Mapping {
+  explicit Mapping(int64_t n) : bytes(size_t(n)) {
+    void* all = mmap(nullptr, 3 * bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (all == MAP_FAILED) abort();
+    data = static_cast<char*>(all) + bytes;
+  }
+  ~Mapping() { munmap(data - bytes, 3 * bytes); }
+  size_t bytes;
+  char* data;
+};
 
 }  // namespace test

@@ -12,6 +12,8 @@
 
 #include "../../csrc/dtype.h"
 #include "../../csrc/parallel_for.h"
+#include "../../csrc/simt/report.h"
+#include "../../csrc/stream.h"
 
 // Defines a test; main.cpp runs every test of a program.
 #define TEST(name)                                         \
@@ -36,7 +38,6 @@ struct Format {
   const char* name;
   int bytes, digits, lowest;
 };
-constexpr DType kTypes[] = {DType::f32, DType::f16, DType::bf16, DType::f64};
 constexpr Format kFormats[] = {
     {"float32", 4, 24, -126}, {"float16", 2, 11, -14}, {"bfloat16", 2, 8, -126}, {"float64", 8, 53, -1022}};
 
@@ -144,6 +145,34 @@ inline void near(const char* what, const Buffer& actual, int64_t i, Real expecte
   fail("%s[%ld] is %.9g, expected %.9Lg +- %.3Lg", what, long(i), value, expected, bound);
 }
 
+// Set by main: the kernels of csrc/cuda run, in the host build of their dialect, instead of those of csrc/cpu.
+extern bool on_simt;
+
+// What the kernels compute on.
+inline std::vector<DType> types() {
+  std::vector<DType> all = {DType::f32, DType::f16, DType::bf16};
+  if (!on_simt) all.push_back(DType::f64);
+  return all;
+}
+
+// call(BOTH(layer_norm_forward), {...}, pool): the function of either backend.
+#define BOTH(function) mk::cpu::function, mk::cuda::function
+template <class T>
+struct Same {
+  using type = T;
+};
+template <class Arguments>
+void call(void (*cpu)(const Arguments&, ParallelFor), mk::Error (*cuda)(const Arguments&, mk::Stream),
+          const typename Same<Arguments>::type& arguments, ParallelFor pool) {
+  if (!on_simt) return cpu(arguments, pool);
+  if (mk::Error error = cuda(arguments, {})) fail("the launch says: %s", error);
+}
+// What a workspace for such a call holds.
+inline int64_t workspace_size(int64_t (*cpu)(int64_t, int64_t), int64_t (*cuda)(int64_t, int64_t, mk::Stream), int64_t rows,
+                              int64_t cols) {
+  return on_simt ? cuda(rows, cols, {}) : cpu(rows, cols);
+}
+
 using Body = void (*)(int64_t, int64_t, void*);
 
 inline void serial(int64_t begin, int64_t end, int64_t, Body body, void* context) { body(begin, end, context); }
@@ -163,10 +192,25 @@ inline void two_threads(int64_t begin, int64_t end, int64_t, Body body, void* co
   other.join();
 }
 
-// What run(parallel_for) returns, a vector of output buffers; it must be the same bit by bit however the items are shared out.
+// What the finder found since the last call is a failure.
+inline void expect_no_findings() {
+  for (const mk::simt::host::Finding& f : mk::simt::host::take_findings()) fail("found %s", describe(f).c_str());
+}
+
+// What run(parallel_for) returns, a vector of output buffers; it must be the same bit by bit however the items are shared out, and
+// in whatever order the threads of a GPU kernel run.
 template <class Run>
 std::vector<Buffer> on_every_pool(Run run) {
   std::vector<Buffer> out = run(serial);
+  if (on_simt) {
+    for (uint64_t seed : {1, 12345}) {
+      mk::simt::host::options().seed = seed;
+      if (run(serial) != out) fail("the result depends on the order of threads (seed %ld)", long(seed));
+    }
+    mk::simt::host::options().seed = 0;
+    expect_no_findings();
+    return out;
+  }
   for (ParallelFor pool : {backwards, two_threads})
     if (run(pool) != out) fail("the result depends on how items are shared among threads");
   return out;
