@@ -207,7 +207,7 @@ MK_FN Online merge(Online own, float factor, Shared<Online> scratch) {
 
 // `sign` and |scale| are apart because the maximum is that of x * sign.
 template <class T, int W, int kTeam, int kPackets>
-MK_KERNEL MK_MAX_THREADS(forward_threads(kTeam, kPackets), forward_blocks(kTeam, kPackets)) void  // at most 64 registers, or 80
+MK_KERNEL MK_MAX_THREADS(forward_threads(kTeam, kPackets), forward_blocks(kTeam, kPackets)) void  // at most 80 registers
     scaled_masked_softmax_forward_kernel(const T* x, T* y, RowMask mask, Shape shape, float sign, float factor) {
   MK_SHARED(Online, scratch, 32);
   Team team = row_team<kTeam>(), holders = holding_team<kTeam, kHeld<kPackets>>();
@@ -262,7 +262,7 @@ MK_KERNEL MK_MAX_THREADS(forward_threads(kTeam, kPackets), forward_blocks(kTeam,
 }
 
 template <class T, int W, int kTeam, int kPackets>
-MK_KERNEL MK_MAX_THREADS(backward_threads(kTeam, kPackets)) void  // at most 128 registers
+MK_KERNEL MK_MAX_THREADS(backward_threads(kTeam, kPackets)) void  // two rows to hold
     scaled_masked_softmax_backward_kernel(const T* dy, const T* y, T* dx, Shape shape, float scale) {
   MK_SHARED(float, scratch, 32);
   Team team = row_team<kTeam>(), holders = holding_team<kTeam, kHeld<kPackets>>();
