@@ -164,6 +164,15 @@ def namespace(name: str):
     return getattr(torch.ops, _NAMESPACES[name][0])
 
 
+def gradient_wanted(*tensors: Tensor | None) -> bool:
+    """Whether a call must be recorded. Where not, the raw op does, and an autograd.Function would cost two microseconds more."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
 def register_fake(op: str) -> Callable:
     """Decorator: the shape function of an op, for every namespace that has it. Without the library there is no schema."""
     def decorator(function: Callable) -> Callable:

@@ -30,6 +30,8 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "tanh") -> Tensor:
     name = backend.choose("bias_gelu", x)
     if name == backend.REFERENCE:
         return reference.bias_gelu(x, bias, approximate)
+    if not backend.gradient_wanted(x, bias):
+        return backend.namespace(name).bias_gelu_forward(x, bias, approximate == "tanh")
     return _BiasGeLU.apply(x, bias, approximate == "tanh", name)
 
 

@@ -48,7 +48,10 @@ def cross_entropy(logits: Tensor, target: Tensor, *, vocab_size: int | None = No
         return reference.cross_entropy(logits, target, vocab_size=vocab_size, ignore_index=ignore_index,
                                        label_smoothing=label_smoothing, z_loss=z_loss, reduction=reduction)
     classes = logits.shape[-1] if vocab_size is None else vocab_size
-    loss = _CrossEntropy.apply(logits, target, classes, ignore_index, label_smoothing, z_loss, inplace_backward, name)
+    if backend.gradient_wanted(logits):
+        loss = _CrossEntropy.apply(logits, target, classes, ignore_index, label_smoothing, z_loss, inplace_backward, name)
+    else:
+        loss, _ = backend.namespace(name).cross_entropy_forward(logits, target, classes, ignore_index, label_smoothing, z_loss)
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / (target != ignore_index).sum().clamp(min=1)

@@ -30,6 +30,8 @@ def scaled_masked_softmax(x: Tensor, mask: Tensor | None = None, scale: float = 
     name = backend.choose("scaled_masked_softmax", x)
     if name == backend.REFERENCE:
         return reference.scaled_masked_softmax(x, mask, scale, causal)
+    if not backend.gradient_wanted(x):
+        return backend.namespace(name).scaled_masked_softmax_forward(x, mask, scale, causal)
     return _ScaledMaskedSoftmax.apply(x, mask, scale, causal, name)
 
 

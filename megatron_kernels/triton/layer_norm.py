@@ -245,7 +245,7 @@ def layer_norm_backward(dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tens
         if divided > 1:
             row_means = x.new_empty(rows, 2, dtype=torch.float32)
             layer_norm_backward_means_kernel[(rows,)](
-                dy, x, weight, mean, rstd, row_means, cols, tile.columns, num_warps=tile.warps)
+                dy, x, weight, mean, rstd, row_means, cols, tile.columns // 2, num_warps=tile.warps)
         layer_norm_backward_kernel[(parts, divided)](
             dy, x, weight, mean, rstd, row_means, dx, partials, rows, cols, weight is not None, bias is not None, tile.rows,
             tile.columns, num_warps=tile.warps)
@@ -280,7 +280,7 @@ def compilations() -> list[tuple[Any, dict[str, str], dict[str, Any], int, str]]
             tile = backward_plan(cols)
             constants: dict[str, Any] = {"DWEIGHT": True, "DBIAS": True, "ROWS": tile.rows, "BLOCK": tile.columns}
             if cols > tile.columns:
-                add(layer_norm_backward_means_kernel, label, types, tile.warps, BLOCK=tile.columns)
+                add(layer_norm_backward_means_kernel, label, types, tile.warps, BLOCK=tile.columns // 2)
             else:
                 constants["row_means"] = None
             add(layer_norm_backward_kernel, label, types, tile.warps, **constants)
