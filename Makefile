@@ -4,7 +4,7 @@
 #   make test        everything but the slow tests
 #   make bench       each op beside PyTorch eager and torch.compile
 #   make sanitize    the GPU tests under compute-sanitizer; needs a GPU
-#   make budgets     compile the CUDA kernels and write down what they need: registers, accesses, instructions
+#   make budgets     compile the GPU kernels and write down what they need: registers, accesses, instructions (minutes)
 #
 # PYTHON=python3.12   the interpreter that makes the environment
 # VENV=~/envs/mine    use (or make) that environment; a torch that is already in it stays
@@ -80,6 +80,7 @@ sanitize: $(TEST_STAMP)
 
 budgets: $(TEST_STAMP)
 	$(PY) tests/cubins.py --write
+	$(PY) tests/triton_resources.py --write
 
 bench: $(STAMP)
 	$(PY) -m benchmarks.ops --device cpu $(BENCH_ARGS)

@@ -17,7 +17,7 @@ import megatron_kernels as mk
 OPS = torch.ops.megatron_kernels
 # Each implementation that has raw ops, as it runs where these tests do.
 NAMES = [pytest.param(name, marks=[] if available else pytest.mark.skip(reason=why))
-         for name, (available, why) in mk.implementations().items() if name in ("cpu", "simt")]
+         for name, (available, why) in mk.implementations().items() if name in ("cpu", "simt", "triton")]
 NAMES += [pytest.param("cuda", marks=pytest.mark.gpu)]
 
 MASK = torch.rand(2, 1, 5, generator=torch.Generator().manual_seed(1)) < 0.3
@@ -54,7 +54,7 @@ RAW = {
 
 
 def device_of(name):
-    return "cuda" if name == "cuda" else "cpu"
+    return "cuda" if name == "cuda" or (name == "triton" and torch.cuda.is_available()) else "cpu"
 
 
 def inputs(shapes, dtype, seed=0):
@@ -73,7 +73,7 @@ def test_opcheck(name, op):
         if name != "cpu":
             arguments = [a.to(device_of(name), torch.float32 if a.dtype == torch.float64 else a.dtype)
                          if isinstance(a, torch.Tensor) else a for a in arguments]
-        torch.library.opcheck(getattr(mk.backend.namespace(name), op), tuple(arguments))
+        torch.library.opcheck(getattr(getattr(torch.ops, mk.backend._NAMESPACES[name][0]), op), tuple(arguments))
 
 
 # gradcheck runs one graph backward several times, which an in-place backward refuses

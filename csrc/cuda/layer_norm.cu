@@ -47,9 +47,13 @@ struct Moments {
   }
 };
 
-// With one block asked for, the compiler doesn't spill a thread's eight packets to make room for two.
+// How many blocks must fit on a multiprocessor: with one asked for, the compiler doesn't spill eight packets to make room for two;
+// of rows that don't stay in registers two are under way. 0: no matter.
+constexpr int forward_blocks(int packets) { return packets == 8 ? 1 : packets == 0 ? 2 : 0; }
+
 template <class T, int W, int kTeam, int kPackets>
-MK_KERNEL MK_MAX_THREADS(plan_threads(kTeam, kPackets, kMost), kPackets == 8) void layer_norm_forward_kernel(Forward<T> a) {
+MK_KERNEL MK_MAX_THREADS(plan_threads(kTeam, kPackets, kMost), forward_blocks(kPackets)) void  // at most 64 registers
+    layer_norm_forward_kernel(Forward<T> a) {
   MK_SHARED(float, sums, 32);
   MK_SHARED(float, squares, 32);
   const Team team = row_team<kTeam>();
