@@ -145,7 +145,8 @@ def backward_kernel(dloss, logits, target, lse, dlogits, rows, cols, classes, vo
     logits += begin + start
     dlogits += begin + start
     if full:
-        x = tl.load(logits + at, mask=(live & (low + classes > 0))[None, :, None], other=0.0, eviction_policy="evict_first")
+        wanted = live & (low + classes > tl.zeros_like(row))
+        x = tl.load(logits + at, mask=wanted[None, :, None], other=0.0, eviction_policy="evict_first")
     else:
         x = tl.load(logits + at, mask=inside & is_class, other=0.0)
     x = x.to(tl.float32)
