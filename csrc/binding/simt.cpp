@@ -16,10 +16,9 @@ PYBIND11_MODULE(_simt, m) {
       [](uint64_t seed, int multiprocessors, int64_t first_block, int64_t last_block, bool shadow) {
         options() = {seed, multiprocessors, first_block, last_block, shadow};
       },
-      "Settings of the launches to come; what is not given is as at the start. seed: of the order in which threads and blocks run, "
-      "0 "
-      "as they are numbered. multiprocessors: of the GPU that is imitated. Of every grid the blocks from first_block to last_block "
-      "- 1 run. shadow: keep track of who wrote which element.",
+      "Settings of the launches to come; what is not given is as at the start. seed: of the order in which threads and blocks "
+      "run, 0 as they are numbered. multiprocessors: of the GPU that is imitated. Of every grid the blocks from first_block to "
+      "last_block - 1 run. shadow: keep track of who wrote which element.",
       py::kw_only(), py::arg("seed") = 0, py::arg("multiprocessors") = Options{}.multiprocessors, py::arg("first_block") = 0,
       py::arg("last_block") = INT64_MAX, py::arg("shadow") = true);
 
