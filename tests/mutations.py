@@ -3,7 +3,8 @@
     python tests/mutations.py [WORD ...]     all of them, or those whose file or line contains a word
 
 CPU kernels are tried on the instruction sets of this processor, CUDA kernels in the host build of their dialect. Ends with 1 if a
-break survives everywhere, with 2 if a line to break is no longer there once.
+break survives everywhere, with 2 if a line to break is no longer there once
+or no break was chosen.
 """
 
 from __future__ import annotations
@@ -336,6 +337,9 @@ def main(words: list[str]) -> int:
         print("Lines to break that are no longer there; mend tests/mutations.py:", *wrong, sep="\n  ")
         return 2
     chosen = [mutation for mutation in MUTATIONS if not words or any(word in str(mutation) for word in words)]
+    if not chosen:
+        print(f"no break has {' or '.join(words)} in its file or line")
+        return 2
     survivors = 0
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
