@@ -3,8 +3,7 @@
     python tests/mutations.py [WORD ...]     all of them, or those whose file or line contains a word
 
 CPU kernels are tried on the instruction sets of this processor, CUDA kernels in the host build of their dialect. Ends with 1 if a
-break survives everywhere, with 2 if a line to break is no longer there once
-or no break was chosen.
+break survives everywhere, with 2 if a line to break is no longer there once or none was chosen.
 """
 
 from __future__ import annotations
