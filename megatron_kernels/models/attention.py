@@ -9,38 +9,42 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
+from ..parallel.group import ALONE, Group
+from ..parallel.layers import ColumnParallelLinear, RowParallelLinear
 from . import blocks
 from .config import GPT2Config
-from .linear import Linear
 
 if TYPE_CHECKING:
     from .generation import KVCache
 
 
 class SelfAttention(nn.Module):
-    """Rows of linear_qkv are laid out [heads, 3, head_dim], as in Megatron-LM since checkpoint version 2."""
+    """Rows of linear_qkv are laid out [heads, 3, head_dim], as in Megatron-LM since checkpoint version 2; a rank of a
+    tensor-parallel group has its share of the heads."""
 
-    def __init__(self, config: GPT2Config, layer: int, device=None, dtype=None):
+    def __init__(self, config: GPT2Config, layer: int, group: Group = ALONE, device=None, dtype=None):
         super().__init__()
         h = config.hidden_size
         self.layer = layer  # its slot in a KV cache
         self.head_dim = h // config.num_attention_heads
         self.kind = config.attention
         self.dropout = config.attention_dropout
-        self.linear_qkv = Linear(h, 3 * h, device=device, dtype=dtype)
-        self.linear_proj = Linear(h, h, device=device, dtype=dtype)
+        self.linear_qkv = ColumnParallelLinear(h, 3 * h, group=group, device=device, dtype=dtype)
+        self.linear_proj = RowParallelLinear(h, h, group=group, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None,
-                return_probs: bool = False) -> tuple[Tensor, Tensor | None]:
+                return_probs: bool = False, sequence: bool = False) -> tuple[Tensor, Tensor | None]:
         """x [b, s, h] -> [b, s, h], and the attention probabilities [b, heads, s, keys] before dropout when asked for.
 
         mask is what `attention_mask_for` made for this kind of attention. With a cache, x holds the tokens after those in it.
+        sequence=True takes and gives this rank's share of the sequence.
         """
-        b, s, _ = x.shape
-        qkv = self.linear_qkv(x).view(b, s, -1, 3, self.head_dim)
+        qkv = self.linear_qkv(x, sequence)
+        b, s, _ = qkv.shape
+        qkv = qkv.view(b, s, -1, 3, self.head_dim)
         dropout = self.dropout if self.training else 0.0
         if self.kind == "softmax" and cache is None and not return_probs and blocks.applies(qkv):
-            return self.linear_proj(blocks.causal_attention(qkv, mask, self.head_dim ** -0.5, dropout)), None
+            return self.linear_proj(blocks.causal_attention(qkv, mask, self.head_dim ** -0.5, dropout), sequence), None
         q, k, v = qkv.transpose(1, 2).unbind(3)  # [b, heads, s, head_dim] each
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
@@ -51,7 +55,7 @@ class SelfAttention(nn.Module):
             scores = q @ k.transpose(-1, -2)
             probs = ops.scaled_masked_softmax(scores, mask, self.head_dim ** -0.5, causal=True)
             y = F.dropout(probs, dropout) @ v if dropout else probs @ v
-        y = self.linear_proj(y.transpose(1, 2).reshape(b, s, -1))
+        y = self.linear_proj(y.transpose(1, 2).reshape(b, s, -1), sequence)
         return y, probs if return_probs else None
 
 

@@ -13,37 +13,55 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..parallel.collectives import SEQUENCE, share_of
+from ..parallel.group import ALONE, Group
+from ..parallel.layers import VocabParallelEmbedding, elsewhere, local_ids
 from .config import GPT2Config
 
 
 class Embedding(nn.Module):
-    """Token and position tables; the dropout after their sum is the model's."""
+    """Token and position tables; the dropout after their sum is the model's.
 
-    def __init__(self, config: GPT2Config, device=None, dtype=None):
+    The last stage of a pipeline has the token table alone, for a tied head: `positions=False`.
+    """
+
+    def __init__(self, config: GPT2Config, group: Group = ALONE, positions: bool = True, device=None, dtype=None):
         super().__init__()
         self.tied = not config.untie_embeddings_and_output_weights
-        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size, device=device, dtype=dtype)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size, device=device, dtype=dtype)
+        h = config.hidden_size
+        self.word_embeddings = VocabParallelEmbedding(config.padded_vocab_size, h, group=group, device=device, dtype=dtype)
+        if positions:
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, h, device=device, dtype=dtype)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[b, s] token ids and [b or 1, s] positions -> hidden [b, s, h], and for a tied head the table it must use."""
+    def forward(self, input_ids: Tensor, position_ids: Tensor, sequence: bool = False) -> tuple[Tensor, Tensor | None]:
+        """[b, s] token ids and [b or 1, s] positions -> hidden [b, s, h], and for a tied head the table it must use.
+
+        sequence=True gives this rank's share of the sequence, [b, s / size, h].
+        """
+        words = self.word_embeddings
         if self.tied:
-            words, table = _EmbedAndShare.apply(self.word_embeddings.weight, input_ids)
+            rows, table = _EmbedAndShare.apply(words.weight, input_ids, words.start)
         else:
-            words, table = self.word_embeddings(input_ids), None
-        return words + self.position_embeddings(position_ids), table
+            rows, table = F.embedding(*words.local(input_ids)), None
+        if sequence:
+            position_ids = share_of(position_ids, words.group, SEQUENCE)
+        return words.reduce(rows, input_ids, sequence) + self.position_embeddings(position_ids), table
 
 
 class _EmbedAndShare(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, ids):
+    def forward(ctx, weight, ids, start):
         ctx.save_for_backward(ids)
-        return F.embedding(ids, weight), weight.view_as(weight)
+        ctx.start = start
+        return F.embedding(local_ids(ids, start, weight.shape[0]), weight), weight.view_as(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, drows, dtable):
         (ids,) = ctx.saved_tensors
         ids, drows = ids.reshape(-1).long(), drows.reshape(-1, drows.shape[-1])
+        drows = drows.masked_fill(elsewhere(ids, ctx.start, dtable.shape[0]).unsqueeze(-1), 0.0)
+        ids = local_ids(ids, ctx.start, dtable.shape[0])
         # The head's product made dtable for this node alone, so it may be written. On a GPU index_put_ repeats bitwise.
-        return (dtable.index_add_(0, ids, drows) if ids.is_cpu else dtable.index_put_((ids,), drows, accumulate=True)), None
+        dtable = dtable.index_add_(0, ids, drows) if ids.is_cpu else dtable.index_put_((ids,), drows, accumulate=True)
+        return dtable, None, None

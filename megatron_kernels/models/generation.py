@@ -15,15 +15,16 @@ if TYPE_CHECKING:
 class KVCache:
     """Keys and values of the tokens seen so far, in two tensors [layers, batch, heads, capacity, head_dim] made once.
 
-    `length` counts the tokens every layer has stored; the model moves it after its last layer.
+    `length` counts the tokens every layer has stored; the model moves it after its last layer. Of tensor_parallel ranks each
+    stores its own heads.
     """
 
-    def __init__(self, config: GPT2Config, batch: int, capacity: int, device=None, dtype=None):
+    def __init__(self, config: GPT2Config, batch: int, capacity: int, device=None, dtype=None, tensor_parallel: int = 1):
         if not 1 <= capacity <= config.max_position_embeddings:
             raise ValueError(f"KVCache: capacity must be in [1, max_position_embeddings = {config.max_position_embeddings}], "
                              f"got {capacity}")
         heads = config.num_attention_heads
-        shape = (config.num_layers, batch, heads, capacity, config.hidden_size // heads)
+        shape = (config.num_layers, batch, heads // tensor_parallel, capacity, config.hidden_size // heads)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
@@ -74,7 +75,8 @@ def generate(self: GPT2, input_ids: Tensor, *, max_new_tokens: int, temperature:
     if attention_mask is not None:
         keep = torch.ones_like(out)
         keep[:, :s] = attention_mask != 0
-    cache = KVCache(self.config, b, s + max_new_tokens - 1, device=device, dtype=next(self.parameters()).dtype)
+    cache = KVCache(self.config, b, s + max_new_tokens - 1, device=device, dtype=next(self.parameters()).dtype,
+                    tensor_parallel=self.tensor_group.size)
     done = torch.zeros(b, dtype=torch.bool, device=device)
     was_training = self.training
     self.eval()

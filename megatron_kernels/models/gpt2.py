@@ -6,6 +6,7 @@ matrix products and three additions a layer.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from pathlib import Path
@@ -17,14 +18,22 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 from .. import ops
+from ..linear import project
 from ..nn import LayerNorm
+from ..parallel.collectives import copy_to_group, gather_columns, gather_sequence
+from ..parallel.cross_entropy import vocab_parallel_cross_entropy
+from ..parallel.group import ALONE, Group, agreed_seed, group_of
+from ..parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, column_linear
+from ..parallel.layout import shares
+from ..parallel.random import SharedGenerator, dropout, replay
 from .attention import SelfAttention, attention_mask_for
 from .config import GPT2Config
 from .embedding import Embedding
 from .generation import KVCache, generate
-from .linear import Linear, linear, project
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from ..checkpoint import Checkpoint
 
 IGNORE = -100
@@ -33,42 +42,53 @@ IGNORE = -100
 class MLP(nn.Module):
     """linear_fc2(gelu(linear_fc1(x))); linear_fc1's bias is added inside the fused bias-GeLU."""
 
-    def __init__(self, config: GPT2Config, device=None, dtype=None):
+    def __init__(self, config: GPT2Config, group: Group = ALONE, device=None, dtype=None):
         super().__init__()
-        self.linear_fc1 = Linear(config.hidden_size, config.ffn_hidden_size, device=device, dtype=dtype)
-        self.linear_fc2 = Linear(config.ffn_hidden_size, config.hidden_size, device=device, dtype=dtype)
+        h, f = config.hidden_size, config.ffn_hidden_size
+        self.group = group
+        self.linear_fc1 = ColumnParallelLinear(h, f, group=group, device=device, dtype=dtype)
+        self.linear_fc2 = RowParallelLinear(f, h, group=group, device=device, dtype=dtype)
         self.approximate = config.gelu_approximate
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_fc2(ops.bias_gelu(linear(x, self.linear_fc1.weight), self.linear_fc1.bias, self.approximate))
+    def forward(self, x: Tensor, sequence: bool = False) -> Tensor:
+        bias = self.linear_fc1.bias
+        assert bias is not None
+        x = column_linear(x, self.linear_fc1.weight, None, self.group, sequence)
+        return self.linear_fc2(ops.bias_gelu(x, bias, self.approximate), sequence)
 
 
 class Layer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), with dropout before each addition."""
 
-    def __init__(self, config: GPT2Config, layer: int, device=None, dtype=None):
+    def __init__(self, config: GPT2Config, layer: int, group: Group = ALONE, shared: SharedGenerator | None = None, device=None,
+                 dtype=None):
         super().__init__()
         norm = {"eps": config.layernorm_epsilon, "device": device, "dtype": dtype}
         self.input_layernorm = LayerNorm(config.hidden_size, **norm)
-        self.self_attention = SelfAttention(config, layer, device, dtype)
+        self.self_attention = SelfAttention(config, layer, group, device, dtype)
         self.pre_mlp_layernorm = LayerNorm(config.hidden_size, **norm)
-        self.mlp = MLP(config, device, dtype)
-        self.dropout = config.hidden_dropout
+        self.mlp = MLP(config, group, device, dtype)
+        self.dropout, self.shared = config.hidden_dropout, shared
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None,
-                return_probs: bool = False) -> tuple[Tensor, Tensor | None]:
-        y, probs = self.self_attention(self.input_layernorm(x), mask, cache, return_probs)
-        x = x + F.dropout(y, self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.pre_mlp_layernorm(x)), self.dropout, self.training), probs
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, return_probs: bool = False,
+                sequence: bool = False) -> tuple[Tensor, Tensor | None]:
+        shared = None if sequence else self.shared
+        y, probs = self.self_attention(self.input_layernorm(x), mask, cache, return_probs, sequence)
+        x = x + dropout(y, self.dropout, self.training, shared)
+        return x + dropout(self.mlp(self.pre_mlp_layernorm(x), sequence), self.dropout, self.training, shared), probs
 
 
 class Decoder(nn.Module):
-    """The layers and the norm after them."""
+    """The layers and the norm after them; of a pipeline, those of one stage, under their numbers in the whole."""
 
-    def __init__(self, config: GPT2Config, device=None, dtype=None):
+    def __init__(self, config: GPT2Config, group: Group = ALONE, shared: SharedGenerator | None = None,
+                 layers: range | None = None, norm: bool = True, device=None, dtype=None):
         super().__init__()
-        self.layers = nn.ModuleList(Layer(config, i, device, dtype) for i in range(config.num_layers))
-        self.final_layernorm = LayerNorm(config.hidden_size, eps=config.layernorm_epsilon, device=device, dtype=dtype)
+        self.layers = nn.ModuleList()
+        for i in range(config.num_layers) if layers is None else layers:
+            self.layers.add_module(str(i), Layer(config, i, group, shared, device, dtype))
+        if norm:
+            self.final_layernorm = LayerNorm(config.hidden_size, eps=config.layernorm_epsilon, device=device, dtype=dtype)
 
 
 class GPT2(nn.Module):
@@ -76,23 +96,45 @@ class GPT2(nn.Module):
 
     Args:
         config: its shape; config.attention chooses the fused softmax or torch's scaled_dot_product_attention.
+        mesh: the ranks that share it: its dimension "tp" cuts every layer (a mesh of one dimension without a name is taken as
+            that; `megatron_kernels.parallel.make_mesh` makes one). None is this process alone, the same code with one rank.
+        sequence_parallel: what lies between the layers' products (layer norms, dropout, the residual stream) is shared along the
+            sequence, which must be a multiple of the tensor-parallel size. `parallel.finish_gradients` must then follow the
+            backward.
+        stage: (number, count) of a pipeline stage: this model holds that part of the layers; the first has the embeddings, the
+            last the norm and the head. forward takes input_ids in the first and hidden states [b, s, h] in the others, and gives
+            hidden states except in the last; `parallel.Pipeline` puts stages together.
         device, dtype: of the parameters.
-        seed: of the initial weights; those of a parameter depend on the seed and the parameter's name alone. None draws a seed
-            from torch's default generator.
+        seed: of the initial weights; those of a parameter depend on the seed and the parameter's name alone, at every parallel
+            size. None draws a seed from torch's default generator, on a mesh that of its first rank.
         activation_checkpointing: keep only the input of each layer for the backward and run the layer again there; also an
             attribute, to be changed at any time. Gradients are bitwise the same, dropout included.
+
+    Raises ValueError when the ranks do not divide the heads, hidden sizes or layers.
     """
 
-    def __init__(self, config: GPT2Config, *, device=None, dtype=None, seed: int | None = None,
+    def __init__(self, config: GPT2Config, mesh: DeviceMesh | None = None, *, sequence_parallel: bool = False,
+                 stage: tuple[int, int] = (0, 1), device=None, dtype=None, seed: int | None = None,
                  activation_checkpointing: bool = False):
         super().__init__()
-        self.config = config
+        group = group_of(mesh, "tp")
+        _check_parallel(config, group, stage)
+        self.config, self.mesh, self.tensor_group, self.stage = config, mesh, group, stage
+        self.sequence_parallel = sequence_parallel and group.size > 1
         self.activation_checkpointing = activation_checkpointing
+        self.shared_generator = SharedGenerator()
+        self._shared = self.shared_generator if group.size > 1 else None
         device = torch.get_default_device() if device is None else torch.device(device)
-        self.embedding = Embedding(config, "meta", dtype)
-        self.decoder = Decoder(config, "meta", dtype)
-        if config.untie_embeddings_and_output_weights:
-            self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False, device="meta", dtype=dtype)
+        number, count = stage
+        self.is_first, self.is_last = number == 0, number == count - 1
+        own = config.num_layers // count
+        tied = not config.untie_embeddings_and_output_weights
+        if self.is_first or (self.is_last and tied):
+            self.embedding = Embedding(config, group, self.is_first, "meta", dtype)
+        self.decoder = Decoder(config, group, self._shared, range(number * own, (number + 1) * own), self.is_last, "meta", dtype)
+        if self.is_last and not tied:
+            self.output_layer = VocabParallelEmbedding(config.padded_vocab_size, config.hidden_size, group=group, device="meta",
+                                                       dtype=dtype)
         if device.type != "meta":
             self.to_empty(device=device)
             self.reset_parameters(seed)
@@ -101,8 +143,9 @@ class GPT2(nn.Module):
     def reset_parameters(self, seed: int | None = None) -> None:
         """Megatron-LM's initial weights: N(0, init_method_std), with std / sqrt(2 num_layers) for the two projections of each
         layer that write to the residual stream; biases 0, layer norms the identity."""
-        seed = int(torch.randint(2**62, ())) if seed is None else seed
-        for name, parameter in self.named_parameters():
+        seed = agreed_seed(self.mesh) if seed is None else seed
+        self.shared_generator.manual_seed(seed)
+        for name, parameter, share in shares(self):
             if name.endswith("bias"):
                 parameter.zero_()
             elif "layernorm" in name:
@@ -112,7 +155,10 @@ class GPT2(nn.Module):
                 std = self.config.init_method_std
                 if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
                     std /= (2 * self.config.num_layers) ** 0.5
-                parameter.normal_(0.0, std, generator=torch.Generator(parameter.device).manual_seed(own))
+                whole = parameter if share.dim is None else parameter.new_empty(share.shape)
+                whole.normal_(0.0, std, generator=torch.Generator(parameter.device).manual_seed(own))
+                if share.dim is not None:
+                    parameter.copy_(share.of(whole))
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, *, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, cache: KVCache | None = None, logits_to_keep: int | None = None,
@@ -128,16 +174,18 @@ class GPT2(nn.Module):
             cache: keys and values of earlier tokens; those of input_ids are added to it.
             logits_to_keep: compute the logits of the last n positions alone. Not together with labels.
             return_attention_probs: also return each layer's probabilities before dropout, a list of [b, heads, s, cached + s].
-                For attention="softmax" alone.
+                For attention="softmax" alone. On a mesh, of this rank's heads.
 
         Returns:
-            Logits [b, s or logits_to_keep, vocab_size] in the parameters' dtype, or the loss, a float32 scalar (float64 for
-            float64); with return_attention_probs, a pair of that and the list.
+            Logits [b, s or logits_to_keep, vocab_size] in the parameters' dtype, the same on every rank of a mesh, or the loss, a
+            float32 scalar (float64 for float64); with return_attention_probs, a pair of that and the list.
 
         Raises:
             ValueError: ids that are not a [b, s] integer tensor, a sequence beyond max_position_embeddings, a mask, positions
                 or labels of another shape, or probabilities asked of attention="sdpa".
         """
+        if not (self.is_first and self.is_last):
+            return self._forward_stage(input_ids)
         past = 0 if cache is None else cache.length
         self._check(input_ids, labels, attention_mask, position_ids, past, logits_to_keep, return_attention_probs)
         s = input_ids.shape[1]
@@ -148,28 +196,78 @@ class GPT2(nn.Module):
                 position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
         mask = attention_mask_for(self.config.attention, attention_mask, s, past + s, input_ids.device)
 
-        x, table = self.embedding(input_ids, position_ids)
-        x = F.dropout(x, self.config.embedding_dropout, self.training)
+        sequence = self._sequence(s, cache)
+        x, table = self._embed(input_ids, position_ids, sequence)
+        x, probs = self._layers(x, mask, cache, return_attention_probs, sequence)
+        if cache is not None:
+            cache.length += s
+        x = self._before_head(x, sequence, logits_to_keep)
+        logits = project(x.reshape(-1, x.shape[-1]), self._table(table))
+        if labels is None:
+            out = gather_columns(logits.view(*x.shape[:2], -1), self.tensor_group, self.config.padded_vocab_size)
+            out = out[..., :self.config.vocab_size]
+        else:
+            out = self._loss(logits, labels)
+        return (out, probs) if return_attention_probs else out
+
+    def _forward_stage(self, x: Tensor) -> Tensor:
+        """One stage of a pipeline: token ids or hidden states to hidden states; the last gives this rank's logit columns."""
+        sequence = self._sequence(x.shape[1] * (1 if self.is_first or not self.sequence_parallel else self.tensor_group.size), None)
+        if self.is_first:
+            self._check(x, None, None, None, 0, None, False)
+            x, _ = self._embed(x, torch.arange(x.shape[1], device=x.device)[None], sequence)
+        x, _ = self._layers(x, None, None, False, sequence)
+        if not self.is_last:
+            return x
+        x = self._before_head(x, sequence, None)
+        return project(x.reshape(-1, x.shape[-1]), self._table(None)).view(*x.shape[:2], -1)
+
+    def _sequence(self, s: int, cache: KVCache | None) -> bool:
+        """Whether this call is sequence-parallel; the few tokens that follow a cache are not worth sharing."""
+        sequence = self.sequence_parallel and cache is None
+        if sequence and s % self.tensor_group.size:
+            raise ValueError(f"GPT2: sequence_parallel needs a sequence that is a multiple of the {self.tensor_group.size} "
+                             f"tensor-parallel ranks, got {s} tokens")
+        return sequence
+
+    def _embed(self, input_ids: Tensor, position_ids: Tensor, sequence: bool) -> tuple[Tensor, Tensor | None]:
+        x, table = self.embedding(input_ids, position_ids, sequence)
+        return dropout(x, self.config.embedding_dropout, self.training, None if sequence else self._shared), table
+
+    def _layers(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, return_probs: bool,
+                sequence: bool) -> tuple[Tensor, list[Tensor | None]]:
         probs = []
         for layer in self.decoder.layers:
             if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
-                x, p = recompute(layer, x, mask, cache, return_attention_probs, use_reentrant=False)
+                x, p = recompute(layer, x, mask, cache, return_probs, sequence, use_reentrant=False,
+                                 context_fn=_nothing_more if self._shared is None else replay(self._shared))
             else:
-                x, p = layer(x, mask, cache, return_attention_probs)
+                x, p = layer(x, mask, cache, return_probs, sequence)
             probs.append(p)
-        if cache is not None:
-            cache.length += s
-        if logits_to_keep is not None:
-            x = x[:, -logits_to_keep:]
+        return x, probs
+
+    def _before_head(self, x: Tensor, sequence: bool, keep: int | None) -> Tensor:
+        """The last norm, and f: the head is column-parallel, so each rank needs all of x and gives a part of its gradient."""
+        if keep is not None and not sequence:
+            x = x[:, -keep:]
         x = self.decoder.final_layernorm(x)
-        logits = project(x.reshape(-1, x.shape[-1]), self.output_layer.weight if table is None else table)
-        out = logits.view(*x.shape[:2], -1)[..., :self.config.vocab_size] if labels is None else self._loss(logits, labels)
-        return (out, probs) if return_attention_probs else out
+        x = gather_sequence(x, self.tensor_group) if sequence else copy_to_group(x, self.tensor_group)
+        return x[:, -keep:] if keep is not None and sequence else x
+
+    def _table(self, shared: Tensor | None) -> Tensor:
+        """This rank's rows of the output table: the alias that the embedding gave out, or the parameter."""
+        if shared is not None:
+            return shared
+        untied = self.config.untie_embeddings_and_output_weights
+        return self.output_layer.weight if untied else self.embedding.word_embeddings.weight
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The labels are shifted, not the logits, and nobody else sees the logits, so their gradient is written over them."""
         target = F.pad(labels[:, 1:], (0, 1), value=IGNORE).reshape(-1)
-        return ops.cross_entropy(logits, target, vocab_size=self.config.vocab_size, ignore_index=IGNORE, inplace_backward=True)
+        group = self.tensor_group
+        start, _ = group.range(self.config.padded_vocab_size)
+        return vocab_parallel_cross_entropy(logits, target, group, vocab_start=start, vocab_size=self.config.vocab_size,
+                                            ignore_index=IGNORE, reduction="mean", inplace_backward=True)
 
     def _check(self, input_ids: Tensor, labels: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None,
                past: int, logits_to_keep: int | None, return_attention_probs: bool) -> None:
@@ -194,19 +292,22 @@ class GPT2(nn.Module):
     generate = generate
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, dtype: torch.dtype | None = None, **changes: Any) -> GPT2:
+    def from_checkpoint(cls, checkpoint: Checkpoint, dtype: torch.dtype | None = None, *, mesh: DeviceMesh | None = None,
+                        sequence_parallel: bool = False, stage: tuple[int, int] = (0, 1), **changes: Any) -> GPT2:
         """The model of an open checkpoint. Its tensors become the parameters, one at a time: memory is that of one model.
 
         Args:
             checkpoint: what `megatron_kernels.checkpoint.load` returns.
             dtype: of the parameters; None keeps the file's.
+            mesh, sequence_parallel, stage: as of the class; a rank reads its own share of the tensors and no more.
             changes: fields of the configuration to replace, such as attention="sdpa" or hidden_dropout=0.0.
         """
         with torch.device("meta"):
-            model = cls(dataclasses.replace(checkpoint.config, **changes))
+            model = cls(dataclasses.replace(checkpoint.config, **changes), mesh, sequence_parallel=sequence_parallel, stage=stage)
         tensors = {}
-        for name in checkpoint.tensors:
-            tensor = checkpoint.tensors[name]
+        for name, _, share in shares(model):
+            start, stop = (0, share.shape[0]) if share.dim is None else share.range
+            tensor = checkpoint.part(name, share.dim or 0, start, stop)
             tensors[name] = tensor if dtype is None else tensor.to(dtype)
         model.load_state_dict(tensors, assign=True)
         return model.eval()
@@ -230,19 +331,36 @@ class GPT2(nn.Module):
 
     def save_megatron(self, directory: str | Path, *, tensor_parallel: int = 1, pipeline_parallel: int = 1,
                       **options: Any) -> None:
-        """Write a Megatron-LM checkpoint for that parallel size; see `megatron_kernels.checkpoint.save_megatron`."""
+        """Write a Megatron-LM checkpoint for that parallel size; see `megatron_kernels.checkpoint.save_megatron`.
+
+        On a mesh all ranks call this, and the first writes what the others send it, one tensor at a time. Where a rank has
+        several stages of a pipeline, `megatron_kernels.checkpoint.write_together` takes them all.
+        """
         from .. import checkpoint
-        checkpoint.save_megatron(self._checkpoint(), directory, tensor_parallel=tensor_parallel,
-                                 pipeline_parallel=pipeline_parallel, **options)
+        checkpoint.write_together([self], self.config, self.mesh, lambda gathered: checkpoint.save_megatron(
+            gathered, directory, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, **options))
 
     def save_huggingface(self, directory: str | Path, **options: Any) -> None:
-        """Write a Hugging Face GPT-2 directory; see `megatron_kernels.checkpoint.save_huggingface`."""
+        """Write a Hugging Face GPT-2 directory; see `save_megatron` and `megatron_kernels.checkpoint.save_huggingface`."""
         from .. import checkpoint
-        checkpoint.save_huggingface(self._checkpoint(), directory, **options)
+        checkpoint.write_together([self], self.config, self.mesh,
+                                  lambda gathered: checkpoint.save_huggingface(gathered, directory, **options))
 
-    def _checkpoint(self) -> Checkpoint:
-        from ..checkpoint import Checkpoint
-        return Checkpoint(config=self.config, tensors=self.state_dict(), iteration=None)
+
+def _check_parallel(config: GPT2Config, group: Group, stage: tuple[int, int]) -> None:
+    for name in ("num_attention_heads", "hidden_size", "ffn_hidden_size"):
+        if getattr(config, name) % group.size:
+            raise ValueError(f"GPT2: the tensor-parallel size {group.size} of the mesh does not divide {name} "
+                             f"{getattr(config, name)}")
+    number, count = stage
+    if count < 1 or not 0 <= number < count:
+        raise ValueError(f"GPT2: stage must be (number, count) with 0 <= number < count, got {stage}")
+    if config.num_layers % count:
+        raise ValueError(f"GPT2: {count} pipeline stages do not divide num_layers {config.num_layers}")
+
+
+def _nothing_more() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    return contextlib.nullcontext(), contextlib.nullcontext()
 
 
 def _say(tensor: Tensor) -> str:

@@ -9,7 +9,7 @@ uses is called here, and where it is missing everything goes the ordinary way.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -17,18 +17,18 @@ _BLOCK = 4096  # rows of a table per product: a block of logits stays in cache
 _FEW = 64  # below so many rows a call costs more than its product
 
 
-class Linear(nn.Linear):
-    """torch.nn.Linear, with float32 on a CPU computed as this file says."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., i] @ weight [o, i].T + bias [o] -> [..., o]."""
-    if _ordinary(x) or x.dtype != torch.float32 or weight.dtype != torch.float32 or x.numel() < _FEW * x.shape[-1]:
+    if not _by_onednn(x, weight):
         return F.linear(x, weight, bias)
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a [..., k] @ b [m, k].T + bias [m] -> [..., m], for use inside an autograd.Function."""
+    if not _by_onednn(a, b):
+        return F.linear(a, b, bias)
+    return _product(a.reshape(-1, a.shape[-1]), b, bias).view(*a.shape[:-1], -1)
 
 
 def project(hidden: Tensor, table: Tensor) -> Tensor:
@@ -44,6 +44,11 @@ def project(hidden: Tensor, table: Tensor) -> Tensor:
 def _ordinary(x: Tensor) -> bool:
     """Whether PyTorch's own product is to be used: off the CPU, under autocast (which picks a dtype), and in compiled graphs."""
     return not x.is_cpu or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (not _ordinary(x) and x.dtype == torch.float32 and weight.dtype == torch.float32
+            and x.numel() >= _FEW * x.shape[-1])
 
 
 def _has_onednn() -> bool:
@@ -76,16 +81,40 @@ class _Linear(torch.autograd.Function):
         return dx, dweight, dy.sum(0) if ctx.needs_input_grad[2] else None
 
 
+def logits_of(hidden: Tensor, table: Tensor) -> Tensor:
+    """hidden [n, h] @ table [V, h].T -> [n, V], for use inside an autograd.Function."""
+    if _ordinary(hidden) or (_ONEDNN and hidden.dtype == torch.float32):
+        return product(hidden, table)
+    logits = hidden.new_empty(hidden.shape[0], table.shape[0])
+    for i in range(0, table.shape[0], _BLOCK):
+        torch.mm(hidden, table[i:i + _BLOCK].t(), out=logits[:, i:i + _BLOCK])
+    return logits
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total [n, m] += a [n, k] @ b [k, m], or = where it is the first.
+
+    A total of another dtype (float32, of 16-bit factors) is added to block by block: the products are rounded, the sum is not.
+    """
+    if total.dtype == a.dtype:
+        if first:
+            torch.mm(a, b, out=total)
+        else:
+            total.addmm_(a, b)
+        return
+    for i in range(0, total.shape[0], _BLOCK):
+        block = a[i:i + _BLOCK] @ b
+        if first:
+            total[i:i + _BLOCK].copy_(block)
+        else:
+            total[i:i + _BLOCK].add_(block)
+
+
 class _Projection(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, table):
         ctx.save_for_backward(hidden, table)
-        if _ONEDNN and hidden.dtype == torch.float32:
-            return _product(hidden, table)
-        logits = hidden.new_empty(hidden.shape[0], table.shape[0])
-        for i in range(0, table.shape[0], _BLOCK):
-            torch.mm(hidden, table[i:i + _BLOCK].t(), out=logits[:, i:i + _BLOCK])
-        return logits
+        return logits_of(hidden, table)
 
     @staticmethod
     @once_differentiable
