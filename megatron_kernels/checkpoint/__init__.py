@@ -1,8 +1,11 @@
-"""Checkpoints of GPT-2: Megatron-LM's and Hugging Face's, read and written.
+"""Checkpoints of GPT-2: Megatron-LM's and Hugging Face's, read and written; and the state of a training run.
 
     checkpoint = load("megatron_gpt2_345m_v0_0.zip")
     save_huggingface(checkpoint, "gpt2-345m")
     save_megatron(checkpoint, "gpt2-345m-megatron", tensor_parallel=2, pipeline_parallel=2)
+
+    save_training("run", model, optimizer, step=1000)
+    load_training("run", model, optimizer).step
 """
 
 from __future__ import annotations
@@ -13,13 +16,15 @@ from pathlib import Path
 from ..models.config import GPT2Config
 from . import huggingface, megatron
 from .errors import CheckpointError, MissingConfigurationError
+from .gathering import write_together
 from .huggingface import save_huggingface
 from .megatron_writer import save_megatron
 from .tensors import Checkpoint
 from .tokenizer import Tokenizer
+from .training import Restored, latest, load_training, save_training
 
-__all__ = ["Checkpoint", "CheckpointError", "MissingConfigurationError", "Tokenizer", "load", "save_huggingface",
-           "save_megatron"]
+__all__ = ["Checkpoint", "CheckpointError", "MissingConfigurationError", "Restored", "Tokenizer", "latest", "load", "load_training",
+           "save_huggingface", "save_megatron", "save_training", "write_together"]
 
 
 def load(path: str | os.PathLike[str], config: GPT2Config | str | Path | None = None) -> Checkpoint:

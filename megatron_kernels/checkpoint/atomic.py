@@ -76,6 +76,14 @@ def _put_in_place(temporary: Path, destination: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def commit(temporary: Path, destination: Path) -> None:
+    """Force a directory made by mkdtemp to disk, and rename it to a sibling's name. Raises OSError."""
+    temporary.chmod(0o777 & ~_umask())
+    _sync_tree(temporary)
+    _put_in_place(temporary, destination)
+    _sync(destination.parent)
+
+
 @contextlib.contextmanager
 def atomic_directory(destination: str | os.PathLike[str], *, force: bool = False, source: Path | None = None) -> Iterator[Path]:
     """A temporary directory to fill, which becomes `destination` when the block ends without an exception.
@@ -91,10 +99,7 @@ def atomic_directory(destination: str | os.PathLike[str], *, force: bool = False
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        _sync_tree(temporary)
-        _put_in_place(temporary, target)
-        _sync(target.parent)
+        commit(temporary, target)
     except BaseException as error:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

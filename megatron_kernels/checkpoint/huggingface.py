@@ -25,7 +25,7 @@ from .errors import CheckpointError
 from .reading import first_line, read_torch_file
 from .safetensors_file import write_safetensors
 from .settings import known_by_huggingface, known_by_user, make_config, read_json, to_huggingface
-from .tensors import Checkpoint, Entry, LazyTensors
+from .tensors import Checkpoint, Entry, LazyTensors, rows_of_heads
 from .tokenizer import Tokenizer
 
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -36,17 +36,18 @@ _DTYPE_NAMES = {torch.float64: "float64", torch.float32: "float32", torch.float1
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def _from_huggingface(tensor: Tensor, parameter: names.Parameter, heads: int) -> Tensor:
-    """A tensor of GPT2LMHeadModel as the canonical one: [out, in], QKV rows [heads, 3, head_dim]."""
+def _from_huggingface(tensor: Tensor, parameter: names.Parameter, heads: int, start: int, stop: int) -> Tensor:
+    """A tensor of GPT2LMHeadModel as the canonical one, [out, in] with QKV rows [heads, 3, head_dim]: the range along the
+    dimension that tensor parallelism cuts. Everything before the copy at the end is a view of the file."""
     if parameter.conv1d:
         tensor = tensor.T
     if parameter.is_qkv:
-        tensor = tensor.reshape(3, heads, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
-    return tensor.contiguous()
+        return rows_of_heads(tensor.unflatten(0, (3, heads, -1)).transpose(0, 1), start, stop).contiguous()
+    return tensor.narrow(parameter.split or 0, start, stop - start).contiguous()
 
 
 def _to_huggingface(tensor: Tensor, parameter: names.Parameter, config: GPT2Config, dtype: torch.dtype) -> Tensor:
-    """The inverse of `_from_huggingface`, with the padding rows of the vocabulary dropped."""
+    """The inverse of `_from_huggingface`, of a whole tensor, with the padding rows of the vocabulary dropped."""
     if parameter.is_qkv:
         tensor = tensor.reshape(config.num_attention_heads, 3, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
     if parameter.symbols[0] == "v":
@@ -158,7 +159,8 @@ def _entry(parameter: names.Parameter, found: dict[str, _Source], config: GPT2Co
         raise CheckpointError(f"{source.label}: {source.key} is of an unsupported dtype, expected one of "
                               f"{', '.join(_DTYPE_NAMES.values())}")
     heads = config.num_attention_heads
-    return Entry(shape, source.dtype, lambda: _from_huggingface(source.read(), parameter, heads), source.key)
+    return Entry(shape, source.dtype, lambda start, stop: _from_huggingface(source.read(), parameter, heads, start, stop),
+                 source.key, parameter.split or 0)
 
 
 def save_huggingface(checkpoint: Checkpoint, directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None,

@@ -22,7 +22,7 @@ from .errors import CheckpointError
 from .layout import Layout, find
 from .settings import combine, refuse_unsupported, truth
 from .shards import Chunk, Located, Part
-from .tensors import Checkpoint, Entry, LazyTensors
+from .tensors import Checkpoint, Entry, LazyTensors, rows_of_heads
 
 _QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
 _PROJ = "decoder.layers.0.self_attention.linear_proj.weight"
@@ -198,23 +198,32 @@ def _entry(parameter: names.Parameter, source: Sources, config: GPT2Config, vers
         if located.tensor.dtype != dtype:
             raise CheckpointError(f"{label}: a shard of another run: {located.key} has dtype {located.tensor.dtype}, "
                                   f"but {dtype} in {source.labels[0]}")
-    make = partial(_merge, [located.tensor for located in source.shards], parameter, config, version)
-    return Entry(parameter.shape(config), dtype, make, source.shards[0].key)
+    read = partial(_merge, [located.tensor for located in source.shards], parameter, config, version)
+    return Entry(parameter.shape(config), dtype, read, source.shards[0].key, parameter.split or 0)
 
 
-def _merge(pieces: list[Tensor], parameter: names.Parameter, config: GPT2Config, version: float) -> Tensor:
-    if parameter.is_qkv and version < 2:
-        pieces = [heads_first(piece, config.num_attention_heads // len(pieces), version) for piece in pieces]
-    if parameter.split is None or len(pieces) == 1:
-        return pieces[0].contiguous()
-    return torch.cat(pieces, parameter.split)
+def _merge(shards: list[Tensor], parameter: names.Parameter, config: GPT2Config, version: float, start: int, stop: int) -> Tensor:
+    """[start, stop) of the whole along the dimension that is split; shards without a part in it are not touched."""
+    if parameter.split is None:
+        return shards[0].narrow(0, start, stop - start).contiguous()
+    pieces, size = [], shards[0].shape[parameter.split]
+    for i, shard in enumerate(shards):
+        first, last = max(start - i * size, 0), min(stop - i * size, size)
+        if first >= last:
+            continue
+        if parameter.is_qkv and version < 2:
+            pieces.append(rows_of_heads(_by_head(shard, config.num_attention_heads // len(shards), version), first, last))
+        else:
+            pieces.append(shard.narrow(parameter.split, first, last - first))
+    pieces = pieces or [shards[0].narrow(parameter.split, 0, 0)]
+    return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, parameter.split)
 
 
-def heads_first(qkv: Tensor, heads: int, version: float) -> Tensor:
-    """One shard's QKV rows of a version below 2.0, brought to [heads, 3, head_dim]."""
+def _by_head(qkv: Tensor, heads: int, version: float) -> Tensor:
+    """One shard's QKV rows of a version below 2.0 as [heads, 3, head_dim, ...]: a view."""
     if version < 1:
-        return qkv.reshape(3, heads, -1, *qkv.shape[1:]).transpose(0, 1).reshape(qkv.shape)
-    return qkv.reshape(heads, -1, 3, *qkv.shape[1:]).transpose(1, 2).reshape(qkv.shape)
+        return qkv.unflatten(0, (3, heads, -1)).transpose(0, 1)
+    return qkv.unflatten(0, (heads, -1, 3)).transpose(1, 2)
 
 
 def _check_copies(sources: dict[str, Sources], config: GPT2Config, head_copy: Sources | None) -> None:

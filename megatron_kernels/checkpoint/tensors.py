@@ -14,12 +14,16 @@ from ..models.config import GPT2Config
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor not yet assembled: what it will be, where it comes from, and how to make it."""
+    """A tensor not yet assembled: what it will be, where it comes from, and how to make it.
+
+    read(start, stop) gives that range of dimension `dim`, the one that tensor parallelism cuts, and touches nothing else.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    make: Callable[[], Tensor]
+    read: Callable[[int, int], Tensor]
     origin: str
+    dim: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -37,7 +41,13 @@ class LazyTensors(Mapping[str, Tensor]):
         self.entries = entries
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.entries[name].make()
+        entry = self.entries[name]
+        return entry.read(0, entry.shape[entry.dim])
+
+    def part(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """[start, stop) of a tensor along dim; along the dimension that tensor parallelism cuts, nothing else is read."""
+        entry = self.entries[name]
+        return entry.read(start, stop) if dim == entry.dim else self[name].narrow(dim, start, stop - start)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -69,6 +79,12 @@ class Checkpoint:
     details: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def part(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """[start, stop) of a tensor along dim; a lazy one is assembled no further than that."""
+        if isinstance(self.tensors, LazyTensors):
+            return self.tensors.part(name, dim, start, stop)
+        return self.tensors[name].narrow(dim, start, stop - start)
+
     def meta(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of a tensor, without assembling it where `tensors` is lazy."""
         if isinstance(self.tensors, LazyTensors):
@@ -81,3 +97,10 @@ class Checkpoint:
     def dtype(self) -> torch.dtype:
         """The dtype of the word embeddings, which stands for the checkpoint's."""
         return self.meta("embedding.word_embeddings.weight")[1]
+
+
+def rows_of_heads(grouped: Tensor, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of grouped [heads, 3, head_dim, ...] seen as [heads * 3 * head_dim, ...]: only their heads are copied."""
+    rows = 3 * grouped.shape[2]
+    first = start // rows
+    return grouped[first:-(-stop // rows)].flatten(0, 2).narrow(0, start - first * rows, stop - start)

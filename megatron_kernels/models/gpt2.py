@@ -211,7 +211,7 @@ class GPT2(nn.Module):
         return (out, probs) if return_attention_probs else out
 
     def _forward_stage(self, x: Tensor) -> Tensor:
-        """One stage of a pipeline: token ids or hidden states to hidden states; the last gives this rank's logit columns."""
+        """One stage of a pipeline: token ids or hidden states to hidden states; of the last, logits [b s, this rank's columns]."""
         sequence = self._sequence(x.shape[1] * (1 if self.is_first or not self.sequence_parallel else self.tensor_group.size), None)
         if self.is_first:
             self._check(x, None, None, None, 0, None, False)
@@ -220,7 +220,7 @@ class GPT2(nn.Module):
         if not self.is_last:
             return x
         x = self._before_head(x, sequence, None)
-        return project(x.reshape(-1, x.shape[-1]), self._table(None)).view(*x.shape[:2], -1)
+        return project(x.reshape(-1, x.shape[-1]), self._table(None))
 
     def _sequence(self, s: int, cache: KVCache | None) -> bool:
         """Whether this call is sequence-parallel; the few tokens that follow a cache are not worth sharing."""

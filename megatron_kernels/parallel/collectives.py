@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -70,6 +71,27 @@ def all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
         return x
     whole = _run("all-gather", group, torch.ops._c10d_functional.all_gather_into_tensor, x.contiguous(), group.size, group.name)
     return wait(whole, group).unflatten(0, (group.size, -1)).movedim(0, dim).flatten(dim, dim + 1)
+
+
+def broadcast(x: Tensor, group: Group, source: int) -> Tensor:
+    """x of the group's rank `source`, written into every other rank's x."""
+    if group.size > 1:
+        _run("broadcast", group, dist.broadcast, x, group.ranks[source], group.process_group)
+    return x
+
+
+def exchange(x: Tensor, group: Group, peer: int) -> Tensor:
+    """The x of the group's rank `peer`, which calls this with our rank; the other ranks do nothing."""
+    theirs = torch.empty_like(x, memory_format=torch.contiguous_format)
+    process_group, to = group.process_group, group.ranks[peer]
+    operations = [dist.P2POp(dist.isend, x.contiguous(), to, process_group), dist.P2POp(dist.irecv, theirs, to, process_group)]
+
+    def both() -> Tensor:
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+        return theirs
+
+    return _run(f"exchange with rank {to}", group, both)
 
 
 def share_of(x: Tensor, group: Group, dim: int) -> Tensor:

@@ -8,13 +8,26 @@ parallelism what lies between such pairs is shared along the sequence, and the c
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..linear import linear, product
-from .collectives import SEQUENCE, all_gather, reduce_from_group, scatter_sequence, start_all_reduce, start_reduce_scatter, wait
+from .collectives import (
+    SEQUENCE,
+    all_gather,
+    copy_to_group,
+    gather_sequence,
+    reduce_from_group,
+    scatter_sequence,
+    start_all_reduce,
+    start_reduce_scatter,
+    wait,
+)
 from .group import ALONE, Group
 
 
@@ -120,10 +133,30 @@ def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, 
     """
     if group.size == 1:
         return linear(x, weight, bias)
+    if _split:
+        return linear(gather_sequence(x, group) if sequence else copy_to_group(x, group), weight, bias)
     if torch.is_autocast_enabled(x.device.type):  # autocast does not reach into autograd.Functions
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return _ColumnLinear.apply(x, weight, bias, group, sequence)
+
+
+_split = False
+
+
+@contextlib.contextmanager
+def split_backward() -> Iterator[None]:
+    """For schedules that compute the gradients of inputs and of weights at different times, around forward and backward.
+
+    autograd runs a Function's whole backward each time, so column_linear is then made of two nodes: the collective is not
+    repeated for the weight. Process-wide, because the backward of a device has a thread of its own.
+    """
+    global _split
+    before, _split = _split, True
+    try:
+        yield
+    finally:
+        _split = before
 
 
 class _ColumnLinear(torch.autograd.Function):

@@ -259,7 +259,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rest, gradients, ctx.gradients = ctx.rest, ctx.gradients, None
         if gradients is None:  # given away
             hidden, weight, target, lse = ctx.saved_tensors
-            share = 1 if task.reduction == "sum" else 1 / (target != task.shard.ignore_index).sum().clamp(min=1)
-            return *_gradients(hidden, weight, target, lse, (dloss * share).expand(lse.shape), task), None, None
+            if task.reduction == "mean":
+                dloss = dloss / (target != task.shard.ignore_index).sum().clamp(min=1)
+            return *_gradients(hidden, weight, target, lse, dloss.expand(lse.shape), task), None, None
         factor = dloss if rest is None else dloss * rest
         return *(None if g is None else _scaled(g, factor, not compiling) for g in gradients), None, None

@@ -70,26 +70,31 @@ def replay(shared: SharedGenerator) -> Callable[[], tuple[AbstractContextManager
             before.append(shared.get_state())
             yield
 
-        @contextlib.contextmanager
-        def again():
-            now, made = shared.get_state(), shared._generator
-            device = made.device if made is not None else None
-            shared.set_state(before[0], device)
-            try:
-                yield
-            finally:
-                shared.set_state(now, device)
-
-        return first(), again()
+        return first(), _Again(shared, before)
     return contexts
+
+
+class _Again:
+    """Entered whenever the layer runs again: a schedule that splits the backward does it for inputs and for weights."""
+
+    def __init__(self, shared: SharedGenerator, before: list[Tensor | None]):
+        self.shared, self.before = shared, before
+
+    def __enter__(self) -> None:
+        made = self.shared._generator
+        self.now, self.device = self.shared.get_state(), None if made is None else made.device
+        self.shared.set_state(self.before[0], self.device)
+
+    def __exit__(self, *_: object) -> None:
+        self.shared.set_state(self.now, self.device)
 
 
 def seed(value: int, mesh: DeviceMesh | None = None, model: torch.nn.Module | None = None) -> None:
     """Seed what dropout draws from: torch's default generators differently on every rank of the mesh, and the shared generator of
     `model` alike within a tensor-parallel group, differently between data-parallel replicas and pipeline stages."""
     tp, dp, pp = (group_of(mesh, name) for name in ("tp", "dp", "pp"))
-    stage = pp.rank * dp.size + dp.rank
-    torch.manual_seed((value * 1_000_003 + stage * tp.size + tp.rank) % 2**63)
+    torch.manual_seed((value * 1_000_003 + (pp.rank * dp.size + dp.rank) * tp.size + tp.rank) % 2**63)
     for module in model.modules() if model is not None else ():
         if isinstance(generator := getattr(module, "shared_generator", None), SharedGenerator):
-            generator.manual_seed((value * 1_000_003 + 500_009 * 2**20 + stage) % 2**63)
+            stage, _ = getattr(module, "stage", (pp.rank, pp.size))  # a rank may have several
+            generator.manual_seed((value * 1_000_003 + 500_009 * 2**20 + stage * dp.size + dp.rank) % 2**63)
