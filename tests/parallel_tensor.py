@@ -203,6 +203,7 @@ def cases():
             f"sdpa, {label}": run(against_serial, 2, sequence, dataclasses.replace(CONFIG, attention="sdpa")),
             f"untied, {label}": run(against_serial, 4, sequence, dataclasses.replace(
                 CONFIG, untie_embeddings_and_output_weights=True, padded_vocab_size=110)),
+            f"linear loss, {label}": run(against_serial, 4, sequence, dataclasses.replace(CONFIG, fuse_linear_loss=True)),
             f"recomputed, {label}": run(against_serial, 2, sequence, activation_checkpointing=True),
             f"dropout, {label}": run(dropout, sequence),
             f"generate, {label}": run(generates, sequence),

@@ -70,7 +70,8 @@ def relative(value: torch.Tensor, true: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("changes", [{}, {"gelu_approximate": "none"}, {"untie_embeddings_and_output_weights": True},
+@pytest.mark.parametrize("changes", [{}, {"fuse_linear_loss": True}, {"gelu_approximate": "none"},
+                                     {"untie_embeddings_and_output_weights": True},
                                      {"padded_vocab_size": None, "layernorm_epsilon": 0.1, "ffn_hidden_size": 80}])
 @pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 8e-2)])
 def test_logits_loss_and_gradients(kind, changes, dtype, limit):

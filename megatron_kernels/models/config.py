@@ -31,6 +31,7 @@ class GPT2Config:
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     attention: str = "softmax"  # "softmax": our fused softmax; "sdpa": torch.nn.functional.scaled_dot_product_attention
+    fuse_linear_loss: bool = False  # the loss without ever holding the logits: less memory, a little more time
 
     def __post_init__(self) -> None:
         def fill(name: str, value: int) -> None:

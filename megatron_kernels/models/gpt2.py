@@ -25,6 +25,7 @@ from ..parallel.cross_entropy import vocab_parallel_cross_entropy
 from ..parallel.group import ALONE, Group, agreed_seed, group_of
 from ..parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, column_linear
 from ..parallel.layout import shares
+from ..parallel.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from ..parallel.random import SharedGenerator, dropout, replay
 from .attention import SelfAttention, attention_mask_for
 from .config import GPT2Config
@@ -202,12 +203,12 @@ class GPT2(nn.Module):
         if cache is not None:
             cache.length += s
         x = self._before_head(x, sequence, logits_to_keep)
-        logits = project(x.reshape(-1, x.shape[-1]), self._table(table))
+        hidden, table = x.reshape(-1, x.shape[-1]), self._table(table)
         if labels is None:
-            out = gather_columns(logits.view(*x.shape[:2], -1), self.tensor_group, self.config.padded_vocab_size)
-            out = out[..., :self.config.vocab_size]
+            logits = project(hidden, table).view(*x.shape[:2], -1)
+            out = gather_columns(logits, self.tensor_group, self.config.padded_vocab_size)[..., :self.config.vocab_size]
         else:
-            out = self._loss(logits, labels)
+            out = self._loss(hidden, table, labels)
         return (out, probs) if return_attention_probs else out
 
     def _forward_stage(self, x: Tensor) -> Tensor:
@@ -261,13 +262,15 @@ class GPT2(nn.Module):
         untied = self.config.untie_embeddings_and_output_weights
         return self.output_layer.weight if untied else self.embedding.word_embeddings.weight
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, hidden: Tensor, table: Tensor, labels: Tensor) -> Tensor:
         """The labels are shifted, not the logits, and nobody else sees the logits, so their gradient is written over them."""
         target = F.pad(labels[:, 1:], (0, 1), value=IGNORE).reshape(-1)
         group = self.tensor_group
-        start, _ = group.range(self.config.padded_vocab_size)
-        return vocab_parallel_cross_entropy(logits, target, group, vocab_start=start, vocab_size=self.config.vocab_size,
-                                            ignore_index=IGNORE, reduction="mean", inplace_backward=True)
+        options: dict[str, Any] = {"vocab_start": group.range(self.config.padded_vocab_size)[0], "ignore_index": IGNORE,
+                                   "vocab_size": self.config.vocab_size, "reduction": "mean"}
+        if self.config.fuse_linear_loss:
+            return vocab_parallel_linear_cross_entropy(hidden, table, target, group, **options)
+        return vocab_parallel_cross_entropy(project(hidden, table), target, group, inplace_backward=True, **options)
 
     def _check(self, input_ids: Tensor, labels: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None,
                past: int, logits_to_keep: int | None, return_attention_probs: bool) -> None:
