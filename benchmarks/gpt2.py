@@ -1,9 +1,10 @@
-"""A training step of GPT-2 beside Hugging Face's, eager and compiled: `python -m benchmarks.gpt2`.
+"""A training step of GPT-2 beside Hugging Face's, eager, compiled and patched: `python -m benchmarks.gpt2`.
 
 Forward and backward of the same model on the same tokens: 4 layers, 1024 hidden, 16 heads, vocabulary 50304, 2 x 512 tokens,
-no dropout. Our loss and gradients are first compared with Hugging Face's in float32. Then the contestants take turns in one
-process, with the same number of threads. "Products" runs the matrix products of the step and nothing else, in PyTorch: only
-faster or fewer products can make a step faster than that. Peak memory is taken for each contestant in a process of its own.
+no dropout. "Patched" is Hugging Face's model with our ops in it, not compiled, and once more with the linear cross-entropy. Loss
+and gradients are first compared with Hugging Face's in float32. Then the contestants take turns in one process, each with as many
+threads. "Products" runs the matrix products of the step and nothing else, in PyTorch: only faster or fewer products can make a step
+faster than that. Peak memory is taken for each contestant in a process of its own.
 See docs/gpt2.md.
 """
 
@@ -22,10 +23,12 @@ import torch
 from rich import box
 from rich.table import Table
 
+from megatron_kernels.compat.huggingface import patch
 from megatron_kernels.models import GPT2, GPT2Config
 
 from . import harness, report
 
+PEERS = ("eager", "compile", "patched", "linear")  # Hugging Face's model as it is, compiled, and with our ops
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LIMITS = {"fp32": 1.1, "bf16": 1.35}  # times faster than the compiled peer that our step should be
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}  # of the loss, and of a gradient's norm
@@ -113,26 +116,41 @@ def products(c: GPT2Config, dtype: torch.dtype) -> Callable[[], None]:
     return step
 
 
-def disagreement(ours: GPT2, dtype: torch.dtype) -> str:
-    """How our loss or gradients differ from Hugging Face's model in float32 with the same weights; empty within TOLERANCE."""
+def gradients(model: torch.nn.Module, c: GPT2Config) -> dict[str, torch.Tensor]:
+    """The model's gradients in float32 by Hugging Face's names, in Hugging Face's layout."""
+    if isinstance(model, GPT2):
+        return {theirs: to_their_layout(ours, model.get_parameter(ours).grad, c).float() for ours, theirs in pairs(c)}
+    return {theirs: model.get_parameter(theirs).grad.float() for _, theirs in pairs(c)}
+
+
+def disagreement(models: dict[str, torch.nn.Module], ours: GPT2, dtype: torch.dtype) -> str:
+    """How a model's loss or gradients differ from Hugging Face's in float32 with the same weights; empty within TOLERANCE."""
     exact = huggingface(ours.config, torch.float32, {name: tensor.float() for name, tensor in ours.state_dict().items()})
-    loss, expected_loss = step_of(ours)().item(), step_of(exact)().item()
-    if not abs(loss - expected_loss) <= TOLERANCE[dtype] * expected_loss:
-        return f"loss {loss:.6f}, expected {expected_loss:.6f}"
-    gradients = {name: parameter.grad for name, parameter in exact.named_parameters()}
-    for name, their_name in pairs(ours.config):
-        expected = gradients[their_name]
-        found = to_their_layout(name, ours.get_parameter(name).grad, ours.config)
-        error = ((found.float() - expected).norm() / expected.norm()).item()
-        if not error <= TOLERANCE[dtype]:
-            return f"the gradient of {name} is off by {error:.1e} of its norm, allowed {TOLERANCE[dtype]:.0e}"
+    expected_loss = step_of(exact)().item()
+    expected = gradients(exact, ours.config)
+    for title, model in models.items():
+        loss = step_of(model)().item()
+        if not abs(loss - expected_loss) <= TOLERANCE[dtype] * expected_loss:
+            return f"{title}: loss {loss:.6f}, expected {expected_loss:.6f}"
+        for name, found in gradients(model, ours.config).items():
+            error = ((found - expected[name]).norm() / expected[name].norm()).item()
+            if not error <= TOLERANCE[dtype]:
+                return f"{title}: the gradient of {name} is off by {error:.1e} of its norm, allowed {TOLERANCE[dtype]:.0e}"
+        model.zero_grad(set_to_none=True)
     return ""
+
+
+def patched(model: torch.nn.Module, name: str) -> torch.nn.Module:
+    """Hugging Face's model with our ops where the contestant of that name has them."""
+    if name in ("patched", "linear"):
+        patch(model, fuse_linear_loss=name == "linear")
+    return model
 
 
 def contestant(name: str, dtype: torch.dtype, attention: str) -> Callable[[], torch.Tensor]:
     if name == "ours":
         return step_of(GPT2(config(attention), dtype=dtype, seed=0))
-    model = huggingface(config(attention), dtype)
+    model = patched(huggingface(config(attention), dtype), name)
     return step_of(model, torch.compile(model) if name == "compile" else None)
 
 
@@ -168,16 +186,18 @@ def peak_in_own_process(name: str, args: argparse.Namespace, dtype: str) -> dict
 def run(dtype_name: str, args: argparse.Namespace) -> dict:
     dtype = DTYPES[dtype_name]
     ours = GPT2(config(args.attention), dtype=dtype, seed=0)
-    failure = disagreement(ours, dtype)
+    weights = dict(ours.state_dict())
+    models = {"ours": ours} | {name: patched(huggingface(ours.config, dtype, weights), name) for name in ("patched", "linear")}
+    failure = disagreement(models, ours, dtype)
     if failure:
         return {"dtype": dtype_name, "failure": failure}
-    theirs = huggingface(ours.config, dtype, dict(ours.state_dict()))
-    contestants = {"ours": step_of(ours), "eager": step_of(theirs), "compile": step_of(theirs, torch.compile(theirs)),
-                   "products": products(ours.config, dtype)}
+    theirs = huggingface(ours.config, dtype, weights)
+    contestants = {name: step_of(model) for name, model in (models | {"eager": theirs}).items()}
+    contestants |= {"compile": step_of(theirs, torch.compile(theirs)), "products": products(ours.config, dtype)}
     timings = harness.interleave([harness.Contestant(*item) for item in contestants.items()], seconds=args.seconds,
                                  min_rounds=args.rounds)
-    del ours, theirs, contestants
-    measured = () if args.no_memory else ("ours", "eager", "compile")
+    del ours, theirs, models, contestants
+    measured = () if args.no_memory else ("ours", *PEERS)
     memory = {name: peak_in_own_process(name, args, dtype_name) for name in measured}
     return {"dtype": dtype_name, "failure": "", "limit": LIMITS[dtype_name], "attention": args.attention,
             "ratio": timings["compile"].median / timings["ours"].median, "memory_mib": memory,
@@ -190,7 +210,7 @@ def show(rows: list[dict]) -> None:
     for column in ("", "ms", "p20-p80", "x ours", "peak MiB", "of it the step"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     titles = {"ours": "megatron_kernels", "eager": "Hugging Face eager", "compile": "Hugging Face compiled",
-              "products": "matrix products alone"}
+              "patched": "Hugging Face patched", "linear": "patched, linear cross-entropy", "products": "matrix products alone"}
     for row in rows:
         if row["failure"]:
             out.print(f"{row['dtype']} is wrong, so it was not timed: {row['failure']}", style="bold red")
@@ -208,6 +228,11 @@ def show(rows: list[dict]) -> None:
             alone = row["timings_ms"]["compile"]["median"] / row["timings_ms"]["products"]["median"]
             out.print(f"{row['dtype']}: {row['ratio']:.2f} x Hugging Face compiled ({row['limit']} {verdict}); the matrix "
                       f"products alone would be {alone:.2f} x", highlight=False)
+            eager, times, memory = row["timings_ms"]["eager"]["median"], row["timings_ms"], row["memory_mib"]
+            for name in ("patched", "linear"):
+                less = f", {memory['eager']['step'] - memory[name]['step']:.0f} MiB less" if memory else ""
+                out.print(f"{row['dtype']}: {titles[name]} is {eager / times[name]['median']:.2f} x Hugging Face eager{less}",
+                          highlight=False)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -221,7 +246,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer steps")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--peak-of", choices=["ours", "eager", "compile"], help=argparse.SUPPRESS)
+    parser.add_argument("--peak-of", choices=["ours", *PEERS], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.rounds = args.rounds or (3 if args.quick else 11)
     return args
