@@ -189,6 +189,14 @@ def refused():
         model_of(4, sequence_parallel=True)(batch(length=22)[0])
     except ValueError as error:
         result["sequence"] = "multiple of the 4 tensor-parallel ranks, got 22" in str(error)
+    for token in (-1, CONFIG.vocab_size):
+        for model in (model_of(4), GPT2(CONFIG)):
+            try:
+                model(torch.full((1, 4), token))
+            except IndexError:
+                result[f"token {token} of {model.tensor_group.size}"] = True
+            else:
+                result[f"token {token} of {model.tensor_group.size}"] = False
     return result
 
 

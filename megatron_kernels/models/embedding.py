@@ -40,7 +40,7 @@ class Embedding(nn.Module):
         """
         words = self.word_embeddings
         if self.tied:
-            rows, table = _EmbedAndShare.apply(words.weight, input_ids, words.start)
+            rows, table = _EmbedAndShare.apply(words.weight, input_ids, words.start, words.total)
         else:
             rows, table = F.embedding(*words.local(input_ids)), None
         if sequence:
@@ -50,18 +50,20 @@ class Embedding(nn.Module):
 
 class _EmbedAndShare(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, ids, start):
+    def forward(ctx, weight, ids, start, total):
         ctx.save_for_backward(ids)
-        ctx.start = start
-        return F.embedding(local_ids(ids, start, weight.shape[0]), weight), weight.view_as(weight)
+        ctx.range = start, weight.shape[0], total
+        return F.embedding(local_ids(ids, *ctx.range), weight), weight.view_as(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, drows, dtable):
         (ids,) = ctx.saved_tensors
         ids, drows = ids.reshape(-1).long(), drows.reshape(-1, drows.shape[-1])
-        drows = drows.masked_fill(elsewhere(ids, ctx.start, dtable.shape[0]).unsqueeze(-1), 0.0)
-        ids = local_ids(ids, ctx.start, dtable.shape[0])
+        _, rows, total = ctx.range
+        if rows < total:
+            drows = drows.masked_fill(elsewhere(ids, *ctx.range).unsqueeze(-1), 0.0)
+            ids = local_ids(ids, *ctx.range)
         # The head's product made dtable for this node alone, so it may be written. On a GPU index_put_ repeats bitwise.
         dtable = dtable.index_add_(0, ids, drows) if ids.is_cpu else dtable.index_put_((ids,), drows, accumulate=True)
-        return dtable, None, None
+        return dtable, None, None, None

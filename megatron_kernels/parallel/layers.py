@@ -86,12 +86,13 @@ class RowParallelLinear(ParallelModule):
 class VocabParallelEmbedding(ParallelModule):
     """This rank's rows of a token table [vocabulary, h]: equal shares, rounded up, the last rank having what is left.
 
-    forward(ids [b, s]) -> [b, s, h], summed over the group; sequence=True gives [b, s / size, h].
+    forward(ids [b, s]) -> [b, s, h], summed over the group; sequence=True gives [b, s / size, h]. An id that is no row raises
+    IndexError on a CPU.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, *, group: Group = ALONE, device=None, dtype=None):
         super().__init__()
-        self.group = group
+        self.group, self.total = group, num_embeddings
         self.start, stop = group.range(num_embeddings)
         if group.range(num_embeddings, group.size - 1) == (num_embeddings, num_embeddings):
             raise ValueError(f"VocabParallelEmbedding: {num_embeddings} rows over {group} leave the last rank without any; "
@@ -104,26 +105,28 @@ class VocabParallelEmbedding(ParallelModule):
 
     def local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Row numbers in this rank's table, 0 for tokens of other ranks, and the table."""
-        return local_ids(ids, self.start, self.weight.shape[0]), self.weight
+        return local_ids(ids, self.start, self.weight.shape[0], self.total), self.weight
 
     def reduce(self, rows: Tensor, ids: Tensor, sequence: bool) -> Tensor:
         """The rows that `local` found, without those of other ranks' tokens, summed over the group."""
         if self.group.size == 1:
             return rows
-        rows = rows.masked_fill(elsewhere(ids, self.start, self.weight.shape[0]).unsqueeze(-1), 0.0)
+        rows = rows.masked_fill(elsewhere(ids, self.start, self.weight.shape[0], self.total).unsqueeze(-1), 0.0)
         return scatter_sequence(rows, self.group) if sequence else reduce_from_group(rows, self.group)
 
     def extra_repr(self) -> str:
         return _describe(self)
 
 
-def elsewhere(ids: Tensor, start: int, rows: int) -> Tensor:
-    """Which tokens are not in [start, start + rows)."""
-    return (ids < start) | (ids >= start + rows)
+def elsewhere(ids: Tensor, start: int, rows: int, total: int) -> Tensor:
+    """Which tokens are another rank's than that of [start, start + rows). What is no token at all is nobody else's."""
+    return (ids >= 0) & (ids < total) & ((ids < start) | (ids >= start + rows))
 
 
-def local_ids(ids: Tensor, start: int, rows: int) -> Tensor:
-    return (ids - start).masked_fill(elsewhere(ids, start, rows), 0)
+def local_ids(ids: Tensor, start: int, rows: int, total: int) -> Tensor:
+    """Row numbers in the table of [start, start + rows), 0 for tokens of other ranks; out of range for what is no token, so that
+    looking it up fails on every rank as it does on one."""
+    return ids if rows == total else (ids - start).masked_fill(elsewhere(ids, start, rows, total), 0)
 
 
 def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sequence: bool = False) -> Tensor:
