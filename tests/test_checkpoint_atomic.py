@@ -94,9 +94,11 @@ def test_disk_full_at_every_size(tmp_path, source, save):
     assert same(checkpoint.load(tmp_path / "out"), source)
 
 
-@pytest.mark.parametrize("limit", [1000, 60_000])
-def test_no_room_to_unpack(tmp_path, limit, monkeypatch):
-    archive = write(tmp_path / "source", Form(1.0, "transformer", box="zip"), Model(layers=4, vocab=2048, dtype=torch.float32))
+@pytest.mark.parametrize(("layers", "vocab", "limit"), [(4, 2048, 1000), (4, 2048, 60_000), (1, 16, 8192), (1, 64, 9000)])
+def test_no_room_to_unpack(tmp_path, layers, vocab, limit, monkeypatch):
+    """Files of a few kilobytes fail when they are closed."""
+    archive = write(tmp_path / "source", Form(1.0, "transformer", box="zip"),
+                    Model(layers=layers, vocab=vocab, dtype=torch.float16))
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -107,7 +109,7 @@ def test_no_room_to_unpack(tmp_path, limit, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list((tmp_path / "scratch").iterdir()) == []
-    assert checkpoint.load(archive).config.num_layers == 4
+    assert checkpoint.load(archive).config.num_layers == layers
     assert list((tmp_path / "scratch").iterdir()) == []
 
 

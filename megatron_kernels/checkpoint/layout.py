@@ -108,15 +108,15 @@ def _read_member(path: Path, name: str) -> Any:
     """Unpack one member into a temporary file, map it into memory and unlink the file; the mapping keeps the data alive."""
     descriptor, temporary = tempfile.mkstemp(prefix="megatron-kernels-", suffix=".pt")
     try:
-        with os.fdopen(descriptor, "wb") as target, _archive(path) as archive, archive.open(name) as source:
-            try:
-                shutil.copyfileobj(source, target, 1 << 20)
-                target.flush()
-            except OSError as error:
-                raise CheckpointError(f"{path}!{name}: cannot unpack into {temporary}: {error.strerror or error} "
-                                      "(TMPDIR chooses another place)") from None
-            except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
-                raise CheckpointError(f"{path}!{name}: truncated or damaged ({first_line(error)})") from None
+        try:  # closing writes what is left, so that a full disk may show only there
+            with os.fdopen(descriptor, "wb") as target, _archive(path) as archive, archive.open(name) as source:
+                try:
+                    shutil.copyfileobj(source, target, 1 << 20)
+                except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
+                    raise CheckpointError(f"{path}!{name}: truncated or damaged ({first_line(error)})") from None
+        except OSError as error:
+            raise CheckpointError(f"{path}!{name}: cannot unpack into {temporary}: {error.strerror or error} "
+                                  "(TMPDIR chooses another place)") from None
         return read_torch_file(Path(temporary), f"{path}!{name}")
     finally:
         os.unlink(temporary)
