@@ -198,12 +198,14 @@ def modules_that_are_not_installed():
             member.__module__, member.__qualname__ = name, key
             setattr(made[name], key, member)
 
-    module("megatron.model.enums", ModelType=enum.Enum("ModelType", "encoder_or_decoder other"))
+    by_name = enum.Enum("ByName", "member")  # pickled as Python 3.11.0 to 3.11.3 does it
+    by_name.__reduce_ex__ = lambda self, protocol: (getattr, (type(self), self.name))
+    module("megatron.model.enums", ModelType=enum.Enum("ModelType", "encoder_or_decoder other"), ByName=by_name)
     module("fp16.loss_scaler", DynamicLossScaler=type("DynamicLossScaler", (), {}))
     packages = {name: types.ModuleType(name) for name in ("megatron", "megatron.model", "fp16")}
     sys.modules.update(packages | made)
     try:
-        yield made["megatron.model.enums"].ModelType, made["fp16.loss_scaler"].DynamicLossScaler
+        yield made["megatron.model.enums"], made["fp16.loss_scaler"].DynamicLossScaler
     finally:
         for name in packages | made:
             del sys.modules[name]
@@ -221,7 +223,7 @@ def shard(tensors: dict[str, torch.Tensor], form: Form, model: Model, t: int, p:
     return content
 
 
-def add_noise(content: dict[str, Any], model_type: Any, scaler: Any) -> dict[str, Any]:
+def add_noise(content: dict[str, Any], enums: Any, scaler: Any) -> dict[str, Any]:
     import random
     import signal
 
@@ -229,7 +231,8 @@ def add_noise(content: dict[str, Any], model_type: Any, scaler: Any) -> dict[str
 
     if "args" in content:
         args = content["args"]
-        args.model_type, args.exit_signal, args.lr = model_type.encoder_or_decoder, signal.SIGTERM, numpy.float64(1.5e-4)
+        args.model_type, args.exit_signal, args.lr = enums.ModelType.encoder_or_decoder, signal.SIGTERM, numpy.float64(1.5e-4)
+        args.by_name = enums.ByName.member
         args.load, args.layernorm_epsilon = Path("/somewhere"), numpy.float64(args.layernorm_epsilon)
     loss_scaler = scaler()
     loss_scaler.cur_scale = 65536.0

@@ -127,7 +127,7 @@ class TestUnsafe:
         refused(tmp_path / "x.pt", "x.pt: (refused, the pickle refers to posix.mkdir|truncated|not a readable)")
         assert not (tmp_path / "ran").exists()
 
-    @pytest.mark.parametrize("name", ["torch.hub.load", "builtins.getattr", "collections.ChainMap"])
+    @pytest.mark.parametrize("name", ["torch.hub.load", "builtins.eval", "collections.ChainMap"])
     def test_functions_that_torch_does_not_allow_are_named(self, tmp_path, name):
         """Also below the names that torch answers for itself."""
         module, _, attribute = name.rpartition(".")
@@ -136,6 +136,20 @@ class TestUnsafe:
             archive.writestr("archive/data.pkl", body)
             archive.writestr("archive/version", "3\n")
         refused(tmp_path / "x.pt", f"x.pt: refused, the pickle refers to {name},")
+
+    @pytest.mark.parametrize("owner", ["collections\nOrderedDict", "torch._utils\n_rebuild_tensor_v2", "builtins\nset"])
+    def test_getattr_is_for_enums_alone(self, tmp_path, owner):
+        body = b"\x80\x02cbuiltins\ngetattr\nc" + owner.encode() + b"\nX\x08\x00\x00\x00__init__\x86R."
+        with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+            archive.writestr("archive/data.pkl", body)
+            archive.writestr("archive/version", "3\n")
+        refused(tmp_path / "x.pt", "x.pt: not a readable PyTorch checkpoint .*getattr of .*, which is no enum")
+
+    def test_signals_by_name_are_harmless(self, tmp_path):
+        with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+            archive.writestr("archive/data.pkl", b"\x80\x02csignal\nSIGTERM\n.")
+            archive.writestr("archive/version", "3\n")
+        refused(tmp_path / "x.pt", "x.pt: expected a dictionary with 'model', got type")
 
     @pytest.mark.parametrize("name", ["../../evil/mp_rank_00/model_optim_rng.pt", "/abs/mp_rank_00/model_optim_rng.pt",
                                       "a\\..\\b.pt", "C:/x.pt", "release/../../x"])

@@ -13,6 +13,7 @@ import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
@@ -25,6 +26,9 @@ _HARMLESS = {
     *(f"numpy.{name}" for name in ("ndarray", "dtype", "random._pickle.__randomstate_ctor")),
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
 }
+# Python 3.11.0 to 3.11.3 pickles a member of an enum by getattr, and a signal by its own name.
+_GETATTR = ("builtins.getattr", "__builtin__.getattr")
+_SIGNAL = re.compile(r"signal\.SIG[A-Z0-9]+")
 _HARMLESS_PACKAGES = ("megatron.", "fp16.", "apex.", "transformer_engine.")
 
 
@@ -66,15 +70,24 @@ def _numpy_scalar(dtype: Any, raw: Any = None) -> Any:
     return numpy.frombuffer(raw, numpy.dtype(code).newbyteorder(">" if swapped else "<"))[0].item()
 
 
+def _member(owner: Any, name: Any) -> Stub:
+    """In place of getattr: the member of a stubbed enum, and of nothing else."""
+    if not (isinstance(owner, type) and issubclass(owner, Stub) and isinstance(name, str)):
+        raise UnpicklingError(f"getattr of {owner!r}, which is no enum")
+    return owner(name)
+
+
 def _stand_in(name: str) -> Any:
     if name.endswith(".multiarray.scalar"):
         return _numpy_scalar
+    if name in _GETATTR:
+        return _member
     module, _, attribute = name.rpartition(".")
     return type(attribute, (Stub,), {"__module__": module})
 
 
 def _is_harmless(name: str) -> bool:
-    return name in _HARMLESS or name.startswith(_HARMLESS_PACKAGES)
+    return name in _HARMLESS or name in _GETATTR or name.startswith(_HARMLESS_PACKAGES) or bool(_SIGNAL.fullmatch(name))
 
 
 def _globals(pickle: IO[bytes]) -> Iterator[str]:
@@ -142,7 +155,8 @@ def read_torch_file(path: Path, label: str | None = None) -> Any:
         mapped = zipfile.is_zipfile(path)
         if head == b"PK\x03\x04" and not mapped:
             raise CheckpointError(f"{label}: truncated or damaged (a zip file without its directory at the end)")
-        stand_ins: list[Any] = [(_stand_in(name), name) for name in sorted(_foreign_globals(path, label))]
+        stand_ins: list[Any] = [(_stand_in(name), name.replace("__builtin__.", "builtins."))  # torch takes Python 2's name off
+                                for name in sorted(_foreign_globals(path, label))]
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (CheckpointError, MemoryError, KeyboardInterrupt):
