@@ -114,10 +114,11 @@ class TestConvert:
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
     def test_signals(self, tmp_path, number, code):
         """A real signal, while the output is half written: the exit code says so and nothing is left."""
-        large = Model(layers=8, heads=8, head_dim=64, ffn=2048, positions=64, vocab=8192, dtype=torch.float32)
-        write(tmp_path / "in", Form(), large)
+        write(tmp_path / "in", Form(), Model(layers=8))
         (tmp_path / "out").mkdir()
-        command = [sys.executable, "-m", "megatron_kernels.cli", "convert", str(tmp_path / "in"), str(tmp_path / "out/hf")]
+        slowly = ("import time; from megatron_kernels import cli; from megatron_kernels.checkpoint import huggingface as h; "
+                  "make = h._to_huggingface; h._to_huggingface = lambda *a: (time.sleep(0.5), make(*a))[1]; cli.main()")
+        command = [sys.executable, "-c", slowly, "convert", str(tmp_path / "in"), str(tmp_path / "out/hf")]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
             while process.poll() is None and not any((tmp_path / "out").glob(".hf.tmp-*/*")):
                 time.sleep(0.001)
