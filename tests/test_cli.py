@@ -116,7 +116,9 @@ class TestConvert:
         """A real signal, while the output is half written: the exit code says so and nothing is left."""
         write(tmp_path / "in", Form(), Model(layers=8))
         (tmp_path / "out").mkdir()
-        slowly = ("import time; from megatron_kernels import cli; from megatron_kernels.checkpoint import huggingface as h; "
+        slowly = ("import signal, time; from megatron_kernels import cli; "
+                  "from megatron_kernels.checkpoint import huggingface as h; "
+                  "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a background job's is ignored, and inherited
                   "make = h._to_huggingface; h._to_huggingface = lambda *a: (time.sleep(0.5), make(*a))[1]; cli.main()")
         command = [sys.executable, "-c", slowly, "convert", str(tmp_path / "in"), str(tmp_path / "out/hf")]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
