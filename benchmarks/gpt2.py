@@ -259,9 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.peak_of:
         print(json.dumps(peak_of_a_step(args.peak_of, DTYPES[args.dtype[0]], args.attention)))
         return 0
-    if not harness.is_reusing_allocator():
-        sys.stdout.flush()
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.gpt2", *argv], harness.allocator_environment(reusing=True))
+    harness.restart_reusing("benchmarks.gpt2", argv)
     rows = [run(dtype, args) for dtype in args.dtype]
     environment = asdict(harness.environment())
     show(rows)

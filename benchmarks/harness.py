@@ -12,6 +12,7 @@ import os
 import platform
 import random
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -164,6 +165,13 @@ def allocator_environment(reusing: bool, env: Mapping[str, str] = os.environ) ->
     """env with glibc's allocator set to keep what is freed, or to its defaults."""
     rest = {name: value for name, value in env.items() if name not in REUSING_ALLOCATOR}
     return {**rest, **REUSING_ALLOCATOR} if reusing else rest
+
+
+def restart_reusing(module: str, argv: Sequence[str]) -> None:
+    """Go on as a new `python -m module argv` under the allocator that keeps what is freed, unless this process has it."""
+    if not is_reusing_allocator():
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, "-m", module, *argv], allocator_environment(reusing=True))
 
 
 @dataclass(frozen=True)

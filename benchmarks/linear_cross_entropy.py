@@ -174,10 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.held_by:
         print(json.dumps(held(args, args.held_by, args.reduction[0], DTYPES[args.dtype[0]])))
         return 0
-    if not harness.is_reusing_allocator():
-        sys.stdout.flush()
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.linear_cross_entropy", *argv],
-                  harness.allocator_environment(reusing=True))
+    harness.restart_reusing("benchmarks.linear_cross_entropy", argv)
     rows = [run(args, dtype) for dtype in args.dtype]
     environment = asdict(harness.environment())
     show(rows)

@@ -154,9 +154,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.device == "cuda":
         return gpu.main(args)
-    if args.allocator != "default" and not harness.is_reusing_allocator():
-        sys.stdout.flush()
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.ops", *argv], harness.allocator_environment(reusing=True))
+    if args.allocator != "default":
+        harness.restart_reusing("benchmarks.ops", argv)
     if why := harness.why_unavailable(args.implementation):
         print(why, file=sys.stderr)
         return 1

@@ -100,7 +100,7 @@ def convert(
     """
     from . import checkpoint as checkpoints
 
-    shard_bytes = _parse_size(max_shard_size)
+    shard_bytes = parse_size(max_shard_size)
     if to is Format.huggingface and (tensor_parallel, pipeline_parallel) != (1, 1):
         raise ValueError("--tensor-parallel and --pipeline-parallel need --to megatron")
     files = _tokenizer(tokenizer, vocab_file, merges_file)
@@ -196,7 +196,7 @@ def _torch_dtype(dtype: DType | None) -> torch.dtype | None:
     return None if dtype is None else getattr(torch, dtype.value)
 
 
-def _parse_size(text: str) -> int:
+def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if not match or not float(match[1]):
         raise ValueError(f"--max-shard-size: expected a size such as 5GB or 500MB, got {text!r}")

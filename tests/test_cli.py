@@ -101,14 +101,14 @@ class TestConvert:
         assert "bad?[31m name.pt" in fails(capsys, "convert", tmp_path / "bad\x1b[31m\nname.pt", tmp_path / "out")
 
     def test_a_mistake_in_the_program_is_not_hidden(self, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr(cli, "_parse_size", lambda text: 1 / 0)
+        monkeypatch.setattr(cli, "parse_size", lambda text: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             cli.run(["convert", "a", "b"])
 
     def test_ctrl_c_is_130(self, monkeypatch):
         def interrupt(text):
             raise KeyboardInterrupt
-        monkeypatch.setattr(cli, "_parse_size", interrupt)
+        monkeypatch.setattr(cli, "parse_size", interrupt)
         assert cli.run(["convert", "a", "b"]) == 130
 
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])

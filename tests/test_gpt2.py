@@ -370,3 +370,19 @@ def test_saved_and_loaded_is_the_same_model(tmp_path, dtype):
     assert other.config.attention == "sdpa" and other.config.hidden_dropout == 0.5
     limit = 1e-4 if dtype == torch.float32 else 0.1
     torch.testing.assert_close(other(ids).float(), expected.float(), rtol=limit, atol=limit)
+
+
+def test_stages_one_after_the_other_are_the_model():
+    whole, ids = make(torch.float64, num_layers=2), tokens()
+    stages = [GPT2(whole.config, dtype=torch.float64, seed=3, stage=(i, 2)) for i in range(2)]
+    logits = stages[1](stages[0](ids))
+    assert set(stages[0].state_dict()) | set(stages[1].state_dict()) == set(whole.state_dict())
+    whole.load_state_dict(stages[0].state_dict() | stages[1].state_dict())
+    torch.testing.assert_close(logits.view(*ids.shape, -1)[..., :whole.config.vocab_size], whole(ids), rtol=0, atol=1e-14)
+    for arguments in ({"labels": ids}, {"attention_mask": torch.ones_like(ids)}, {"return_attention_probs": True}):
+        with pytest.raises(ValueError, match="GPT2: stage 0 of 2 takes token ids or hidden states and nothing else"):
+            stages[0](ids, **arguments)
+    with pytest.raises(ValueError, match=r"number, count"):
+        GPT2(whole.config, stage=(2, 2))
+    with pytest.raises(ValueError, match="3 pipeline stages do not divide num_layers 2"):
+        GPT2(whole.config, stage=(0, 3))

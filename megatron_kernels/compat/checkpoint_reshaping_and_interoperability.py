@@ -25,7 +25,7 @@ from ..checkpoint.layout import MODEL_FILES
 from ..checkpoint.megatron_writer import megatron_args
 from ..checkpoint.names import OUTPUT_LAYER, WORD_EMBEDDINGS
 from ..checkpoint.reading import read_torch_file
-from ..cli import _parse_size
+from ..cli import parse_size
 from .convert_megatron_gpt2_checkpoint import (
     STAGED,
     Parser,
@@ -57,7 +57,7 @@ def _positive(text: str) -> int:
 
 def _size(text: str) -> int:
     try:
-        return _parse_size(text)
+        return parse_size(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a size such as 10GB or 500MB, got {text!r}") from None
 

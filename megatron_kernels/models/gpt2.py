@@ -186,6 +186,9 @@ class GPT2(nn.Module):
                 or labels of another shape, or probabilities asked of attention="sdpa".
         """
         if not (self.is_first and self.is_last):
+            if any(x is not None for x in (labels, attention_mask, position_ids, cache, logits_to_keep)) or return_attention_probs:
+                raise ValueError(f"GPT2: stage {self.stage[0]} of {self.stage[1]} takes token ids or hidden states and nothing "
+                                 "else")
             return self._forward_stage(input_ids)
         past = 0 if cache is None else cache.length
         self._check(input_ids, labels, attention_mask, position_ids, past, logits_to_keep, return_attention_probs)
@@ -263,14 +266,22 @@ class GPT2(nn.Module):
         return self.output_layer.weight if untied else self.embedding.word_embeddings.weight
 
     def _loss(self, hidden: Tensor, table: Tensor, labels: Tensor) -> Tensor:
-        """The labels are shifted, not the logits, and nobody else sees the logits, so their gradient is written over them."""
+        """The labels are shifted, not the logits."""
         target = F.pad(labels[:, 1:], (0, 1), value=IGNORE).reshape(-1)
-        group = self.tensor_group
-        options: dict[str, Any] = {"vocab_start": group.range(self.config.padded_vocab_size)[0], "ignore_index": IGNORE,
-                                   "vocab_size": self.config.vocab_size, "reduction": "mean"}
         if self.config.fuse_linear_loss:
-            return vocab_parallel_linear_cross_entropy(hidden, table, target, group, **options)
-        return vocab_parallel_cross_entropy(project(hidden, table), target, group, inplace_backward=True, **options)
+            return vocab_parallel_linear_cross_entropy(hidden, table, target, self.tensor_group, reduction="mean",
+                                                       **self._vocabulary())
+        return self.loss_of_logits(project(hidden, table), target, "mean")
+
+    def loss_of_logits(self, logits: Tensor, target: Tensor, reduction: str) -> Tensor:
+        """The loss of this rank's columns of the logits [n, columns] against the shifted labels [n]. Nobody else sees the logits,
+        so their gradient is written over them."""
+        return vocab_parallel_cross_entropy(logits, target, self.tensor_group, reduction=reduction, inplace_backward=True,
+                                            **self._vocabulary())
+
+    def _vocabulary(self) -> dict[str, int]:
+        start, _ = self.tensor_group.range(self.config.padded_vocab_size)
+        return {"vocab_start": start, "vocab_size": self.config.vocab_size, "ignore_index": IGNORE}
 
     def _check(self, input_ids: Tensor, labels: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None,
                past: int, logits_to_keep: int | None, return_attention_probs: bool) -> None:

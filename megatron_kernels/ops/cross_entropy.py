@@ -33,16 +33,11 @@ def cross_entropy(logits: Tensor, target: Tensor, *, vocab_size: int | None = No
         ValueError: reduction, or logits that can't be written in place (a leaf that needs grad, expanded, non-contiguous).
         RuntimeError: a dtype, shape or device that does not fit, or a target that is neither ignore_index nor a class.
     """
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"cross_entropy: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    check_reduction("cross_entropy", reduction)
     if target.dtype is not torch.int64 and not target.is_floating_point() and target.dtype is not torch.bool:
         target = target.long()
-    if inplace_backward and logits.requires_grad:
-        if logits.is_leaf:
-            raise ValueError("cross_entropy: inplace_backward=True needs logits that are the result of an operation, got a leaf")
-        if not logits.is_contiguous():
-            raise ValueError("cross_entropy: inplace_backward=True needs contiguous logits, got shape "
-                             f"{tuple(logits.shape)} with strides {logits.stride()}")
+    if inplace_backward:
+        check_writable("cross_entropy", logits)
     name = backend.choose("cross_entropy", logits)
     if name == backend.REFERENCE:
         return reference.cross_entropy(logits, target, vocab_size=vocab_size, ignore_index=ignore_index,
@@ -52,6 +47,26 @@ def cross_entropy(logits: Tensor, target: Tensor, *, vocab_size: int | None = No
         loss = _CrossEntropy.apply(logits, target, classes, ignore_index, label_smoothing, z_loss, inplace_backward, name)
     else:
         loss, _ = backend.namespace(name).cross_entropy_forward(logits, target, classes, ignore_index, label_smoothing, z_loss)
+    return reduced(loss, target, ignore_index, reduction)
+
+
+def check_reduction(what: str, reduction: str) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{what}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+
+
+def check_writable(what: str, logits: Tensor) -> None:
+    """Raise ValueError for logits over which the backward can't write their gradient."""
+    if logits.requires_grad:
+        if logits.is_leaf:
+            raise ValueError(f"{what}: inplace_backward=True needs logits that are the result of an operation, got a leaf")
+        if not logits.is_contiguous():
+            raise ValueError(f"{what}: inplace_backward=True needs contiguous logits, got shape {tuple(logits.shape)} with strides "
+                             f"{logits.stride()}")
+
+
+def reduced(loss: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """[...] losses, their sum, or their mean over the rows that are not ignored, 0 when there are none."""
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / (target != ignore_index).sum().clamp(min=1)

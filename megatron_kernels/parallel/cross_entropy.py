@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backend, ops
+from ..ops.cross_entropy import check_reduction, check_writable, reduced
 from .collectives import all_gather
 from .group import Group, group_of
 
@@ -63,12 +64,8 @@ def vocab_parallel_cross_entropy(logits: Tensor, target: Tensor, group: Any = No
     """
     what = "vocab_parallel_cross_entropy"
     group = group_of(group, "tp")
-    if inplace_backward and logits.requires_grad:
-        if logits.is_leaf:
-            raise ValueError(f"{what}: inplace_backward=True needs logits that are the result of an operation, got a leaf")
-        if not logits.is_contiguous():
-            raise ValueError(f"{what}: inplace_backward=True needs contiguous logits, got shape {tuple(logits.shape)} with strides "
-                             f"{logits.stride()}")
+    if inplace_backward:
+        check_writable(what, logits)
     target = checked_target(what, target, logits, "logits", reduction)
     name = backend.choose("cross_entropy", logits)
     shard, fault = shard_of(what, group, logits.shape[-1], vocab_start, vocab_size, ignore_index, label_smoothing, z_loss)
@@ -88,8 +85,7 @@ def vocab_parallel_cross_entropy(logits: Tensor, target: Tensor, group: Any = No
 
 def checked_target(what: str, target: Tensor, x: Tensor, x_name: str, reduction: str) -> Tensor:
     """The target as int64. What is looked at here is the same on every rank, so that all of them raise alike."""
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{what}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    check_reduction(what, reduction)
     if target.is_floating_point() or target.is_complex() or target.dtype is torch.bool:
         raise RuntimeError(f"{what}: target must be of an integer dtype, got {str(target.dtype).removeprefix('torch.')}")
     if x.dim() == 0 or target.shape != x.shape[:-1]:
@@ -171,12 +167,6 @@ def loss_of(what: str, logits: Tensor, target: Tensor, group: Group, shard: Shar
     if group.size == 1 and name != backend.REFERENCE:
         return raw(name).cross_entropy_forward(logits, target, *shard[1:])
     return merge(what, gather(raw(name).cross_entropy_partial(logits, target, *shard[:4]), group), target, shard, group)
-
-
-def reduced(loss: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / (target != ignore_index).sum().clamp(min=1)
 
 
 def raw(name: str):

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from .. import backend
 from ..linear import add_product, logits_of, product
+from ..ops.cross_entropy import reduced
 from .cross_entropy import (
     Shard,
     check_classes,
@@ -28,7 +29,6 @@ from .cross_entropy import (
     loss_of,
     merge,
     raw,
-    reduced,
     refuse,
     shard_of,
     vocab_parallel_cross_entropy,

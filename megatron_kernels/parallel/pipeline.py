@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from .collectives import broadcast
-from .cross_entropy import vocab_parallel_cross_entropy
 from .data import check_same_weights, no_sync
 from .failures import failures, is_of_another_rank
 from .gradients import finish_gradients, local, unfinished
@@ -221,12 +220,7 @@ class Pipeline:
 
     def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """A microbatch's part of the batch's mean."""
-        group = self.stages[-1].tensor_group
-        start, _ = group.range(self.config.padded_vocab_size)
-        total = vocab_parallel_cross_entropy(logits, target.reshape(-1), group, vocab_start=start,
-                                             vocab_size=self.config.vocab_size, ignore_index=IGNORE, reduction="sum",
-                                             inplace_backward=True)
-        return total / self._total
+        return self.stages[-1].loss_of_logits(logits, target.reshape(-1), "sum") / self._total
 
 
 def _root(error: RuntimeError) -> BaseException:
