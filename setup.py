@@ -60,8 +60,16 @@ def no_cuda(home: Path | None) -> str:
     if not torch.version.cuda:
         return f"torch {torch.__version__} is not a CUDA build"
     version = ".".join(torch.version.cuda.split(".")[:2])
-    return "" if home else ("no CUDA compiler: install a toolkit, or pip install " +
-                            " ".join(f"nvidia-{part}=={version}.*" for part in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-cccl")))
+    if home is None:
+        return ("no CUDA compiler: install a toolkit, or pip install " +
+                " ".join(f"nvidia-{part}=={version}.*" for part in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-cccl")))
+    return "" if runtime_library(home) else (f"{home} has no lib64/libcudart_static.a or lib/libcudart_static.a: install the rest "
+                                             f"of the toolkit, or pip install nvidia-cuda-runtime=={version}.*")
+
+
+def runtime_library(home: Path) -> Path | None:
+    """CUDA's runtime, linked statically: the library then loads beside a torch of another CUDA version."""
+    return next((path for path in (home / "lib64/libcudart_static.a", home / "lib/libcudart_static.a") if path.exists()), None)
 
 
 def gencode(nvcc: Path) -> list[str]:
@@ -127,9 +135,8 @@ if missing and os.environ.get("MK_CUDA") == "1":
 LIBRARIES = [(library("_C_cpu", ["csrc/cpu/isa.cpp", "csrc/binding/schema.cpp"], "TORCH_STABLE_ONLY", py_limited_api=True),
               cpu_jobs())]
 if not missing:
-    runtime = next(path for path in (home / "lib64/libcudart_static.a", home / "lib/libcudart_static.a") if path.exists())
     LIBRARIES.append((library("_C_cuda", [], "TORCH_STABLE_ONLY", "MK_BINDING_CUDA", py_limited_api=True, libraries=["torch_cuda"],
-                              extra_link_args=[str(runtime), "-ldl", "-lrt", "-lpthread"]), cuda_jobs(home)))
+                              extra_link_args=[str(runtime_library(home)), "-ldl", "-lrt", "-lpthread"]), cuda_jobs(home)))
 if os.environ.get("MK_SIMT") == "1":
     LIBRARIES.append((library("_simt", ["csrc/binding/schema.cpp", "csrc/binding/simt.cpp"], "MK_BINDING_SIMT"), simt_jobs()))
 

@@ -67,7 +67,11 @@ def test_no_compiler_says_what_to_install(run_setup, monkeypatch, tmp_path):
     names, _ = run_setup(MK_CUDA="0")
     monkeypatch.delenv("MK_CUDA")
     assert "pip install nvidia-cuda-nvcc==13.0.* nvidia-nvvm==13.0.*" in names["no_cuda"](None)
-    assert names["no_cuda"](tmp_path) == ""
+    home = toolkit(tmp_path / "cuda")
+    assert names["no_cuda"](home) == ""
+    (home / "lib64/libcudart_static.a").rename(home / "libcudart_static.a")
+    assert f"{home} has no lib64/libcudart_static.a" in names["no_cuda"](home)
+    assert "pip install nvidia-cuda-runtime==13.0.*" in names["no_cuda"](home)
 
 
 def test_a_script_on_the_path_leads_to_the_toolkit(run_setup, monkeypatch, tmp_path):
