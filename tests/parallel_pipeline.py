@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import torch
 from parallel_tensor import Counter
@@ -84,6 +85,29 @@ def against_serial(shape, schedule: str, data: str = "", config: GPT2Config = CO
         result |= {"norm": abs(found - norm), "clipped": gradient_error(pipeline.stages, gradients, 0.5 / (norm + 1e-6)),
                    "something to clip": norm > 0.5}
     return result
+
+
+def evaluates(shape, schedule: str, data: str = "", **options):
+    """The serial model's loss without dropout, from a pipeline that is training with it; no gradients, and its mode stays."""
+    where, config = mesh(*shape), dataclasses.replace(CONFIG, hidden_dropout=0.5, embedding_dropout=0.5)
+    wrap = (lambda stage: parallel.data_parallel(stage, where, data)) if data else None
+    pipeline = parallel.Pipeline(config, where, microbatches=4, schedule=schedule, dtype=torch.float64, seed=3, wrap=wrap,
+                                 **options)
+    replicas = parallel.group_of(where, "dp") if data else parallel.Group()
+    norms = [p for model in pipeline.models for name, p in model.named_parameters() if "final_layernorm" in name]
+    result = {}
+    for length in (12, 20):
+        loss = pipeline.evaluate(*(own(x, replicas) for x in batch(length)))
+        result[f"loss of {length}"] = abs(mean_over(loss, replicas) - serial(CONFIG, length)[0])
+    group = parallel.group_of(where, "pp")
+    same = (parallel.collectives.all_gather(loss[None], group, 0) == loss).all().item() if group.size > 1 else True
+    with torch.no_grad():
+        for parameter in norms:  # as an optimizer has them
+            parameter.zero_()
+    loss = pipeline.evaluate(*(own(x, replicas) for x in batch()))
+    result["of changed weights"] = abs(mean_over(loss, replicas) - math.log(config.vocab_size))
+    return result | {"on every rank": same, "nothing else": not loss.requires_grad and all(
+        model.training and all(p.grad is None for p in model.parameters()) for model in pipeline.models)}
 
 
 def trains():
@@ -184,6 +208,7 @@ def refused():
         "use FSDP2": make(schedule="ZBVZeroBubble", wrap=lambda stage: parallel.data_parallel(stage, where)),
         "a multiple of microbatches=4, got 6 rows": lambda: fitting.step(ids[:6], labels[:6]),
         "labels must be [b, s] of int64 or int32, of one shape, got [8, 11]": lambda: fitting.step(ids, labels[:, 1:]),
+        "got 5 rows": lambda: fitting.evaluate(ids[:5], labels[:5]),
         "40 tokens are more than max_position_embeddings 32": lambda: fitting.step(*[ids.repeat(1, 4)[:, :40]] * 2),
     }.items():
         try:
@@ -220,7 +245,12 @@ def cases():
         found[f"{schedule}, three steps"] = run(against_serial, (2, 1, 2), schedule, steps=3, sequence_parallel=True)
         found |= {f"{schedule}, collectives, sequence parallel {sequence}": run(counted, schedule, sequence)
                   for sequence in (False, True)}
+    for schedule in SCHEDULES:
+        found[f"{schedule}, evaluated"] = run(evaluates, (2, 2, 1), schedule, "fsdp" if schedule == "ZBVZeroBubble" else "")
     return found | {
+        "1F1B, pp 2, tp 2, evaluated": run(evaluates, (2, 1, 2), "1F1B", sequence_parallel=True),
+        "1F1B, pp 4, evaluated": run(evaluates, (4, 1, 1), "1F1B"),
+        "1F1B, pp 1, evaluated": run(evaluates, (1, 2, 2), "1F1B", "ddp"),
         "1F1B, pp 4": run(against_serial, (4, 1, 1), "1F1B"),
         "1F1B, pp 1, tp 2, dp 2 by fsdp": run(against_serial, (1, 2, 2), "1F1B", "fsdp", sequence_parallel=True),
         "DualPipeV, pp 1, tp 2, dp 2 by ddp": run(against_serial, (1, 2, 2), "DualPipeV", "ddp"),

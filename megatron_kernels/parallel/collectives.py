@@ -94,6 +94,17 @@ def exchange(x: Tensor, group: Group, peer: int) -> Tensor:
     return _run(f"exchange with rank {to}", group, both)
 
 
+def send(x: Tensor, group: Group, peer: int) -> None:
+    """x to the group's rank `peer`, which calls `receive`."""
+    _run(f"send to rank {group.ranks[peer]}", group, dist.send, x.contiguous(), group.ranks[peer], group.process_group)
+
+
+def receive(x: Tensor, group: Group, peer: int) -> Tensor:
+    """What the group's rank `peer` sends, written into x."""
+    _run(f"receive from rank {group.ranks[peer]}", group, dist.recv, x, group.ranks[peer], group.process_group)
+    return x
+
+
 def share_of(x: Tensor, group: Group, dim: int) -> Tensor:
     """This rank's share of a replicated tensor, along dim: a view."""
     start, stop = group.range(x.shape[dim])

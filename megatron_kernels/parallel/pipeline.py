@@ -16,7 +16,7 @@ from torch.distributed.pipelining import schedules as torch_schedules
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from .collectives import broadcast
+from .collectives import broadcast, receive, send
 from .data import check_same_weights, no_sync
 from .failures import failures, is_of_another_rank
 from .gradients import finish_gradients, local, unfinished
@@ -125,8 +125,8 @@ class Pipeline:
         Clipping is next (`clip_grad_norm_`), or the optimizer.
 
         Args:
-            input_ids, labels: [b, s], as GPT2 takes them, b a multiple of microbatches; the same on every pipeline and
-                tensor-parallel rank, each data-parallel replica having its own.
+            input_ids, labels: [b, s] (labels also [b, s + 1]), as GPT2 takes them, b a multiple of microbatches; the same on every
+                pipeline and tensor-parallel rank, each data-parallel replica having its own.
 
         Returns:
             The mean loss over all scored labels of the batch, however they are spread over the microbatches, without a graph: a
@@ -135,7 +135,7 @@ class Pipeline:
         Raises ValueError for a batch that does not fit; CollectiveError when another rank has stopped.
         """
         b, s = self._check(input_ids, labels)
-        target = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        target = F.pad(labels[:, 1:], (0, s + 1 - labels.shape[1]), value=IGNORE)
         self._total = (target != IGNORE).sum().clamp(min=1)
         # What an earlier step left has been finished: it must not be summed again.
         earlier = [(parameter, parameter.grad) for parameter in unfinished(self.stages) if parameter.grad is not None]
@@ -148,20 +148,83 @@ class Pipeline:
                 local(parameter.grad).add_(local(gradient))  # type: ignore[arg-type]
         return loss
 
+    @torch.no_grad()
+    def evaluate(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """The loss of one batch in evaluation mode, without gradients; arguments, result and errors as of `step`.
+
+        Microbatches follow each other through the stages, whatever the schedule: without a backward there is nothing to arrange.
+        """
+        _, s = self._check(input_ids, labels)
+        target = F.pad(labels[:, 1:], (0, s + 1 - labels.shape[1]), value=IGNORE)
+        self._total = (target != IGNORE).sum().clamp(min=1)
+        modes = [(model, model.training) for model in self.models]
+        for model, _ in modes:
+            model.eval()
+        try:
+            with failures(self.mesh):
+                losses = [self._forward(ids, labels, shifted) for ids, labels, shifted
+                          in zip(*(x.chunk(self.microbatches) for x in (input_ids, labels, target)), strict=True)]
+        finally:
+            for model, mode in modes:
+                model.train(mode)
+                for module in model.modules():
+                    if isinstance(module, FSDPModule):  # or what was gathered would outlive the next change of the weights
+                        module.reshard()
+        return broadcast(torch.stack(losses).sum(), self.group, self._last)
+
+    def _forward(self, ids: Tensor, labels: Tensor, target: Tensor) -> Tensor:
+        """A microbatch's part of the mean on the last stage's rank, 0 on others. Every rank goes through its stages in their
+        order, microbatch after microbatch, so that no two wait for each other."""
+        loss = torch.zeros((), dtype=torch.promote_types(self.hidden_dtype, torch.float32), device=ids.device)
+        if self.group.size == 1:
+            return self.models[0](ids, labels=labels).to(loss.dtype) * (target != IGNORE).sum() / self._total
+        for stage, model in zip(self.stages, self.models, strict=True):
+            x = ids if stage.is_first else self._received(ids, stage.stage[0])
+            x = model(x)
+            if stage.is_last:
+                loss = self._loss(x, target)
+            else:
+                self._hand_on(x, stage.stage[0] + 1)
+        return loss
+
+    def _rank_of(self, number: int) -> int:
+        """The rank in the group that has this stage."""
+        size = self.group.size
+        return 2 * size - 1 - number if self._kind.v and number >= size else number % size
+
+    @property
+    def _last(self) -> int:
+        return self._rank_of(self.stage_count - 1)
+
+    def _hand_on(self, x: Tensor, number: int) -> None:
+        if self._rank_of(number) == self.group.rank:
+            self._kept = x
+        else:
+            send(x, self.group, self._rank_of(number))
+
+    def _received(self, ids: Tensor, number: int) -> Tensor:
+        if self._rank_of(number - 1) == self.group.rank:
+            return self._kept
+        own = self.stages[0]
+        s = ids.shape[1] // own.tensor_group.size if own.sequence_parallel else ids.shape[1]
+        x = torch.empty(ids.shape[0], s, self.config.hidden_size, dtype=self.hidden_dtype, device=ids.device)
+        return receive(x, self.group, self._rank_of(number - 1))
+
     def _check(self, input_ids: Tensor, labels: Tensor) -> tuple[int, int]:
         for name, ids in (("input_ids", input_ids), ("labels", labels)):
-            if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32) or ids.shape != input_ids.shape:
-                raise ValueError(f"Pipeline.step: {name} must be [b, s] of int64 or int32, of one shape, got {list(ids.shape)} of "
+            fits = ids.shape == input_ids.shape or (ids is labels and ids.dim() == 2 and ids[:, 1:].shape == input_ids.shape)
+            if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32) or not fits:
+                raise ValueError(f"Pipeline: {name} must be [b, s] of int64 or int32, of one shape, got {list(ids.shape)} of "
                                  f"{str(ids.dtype).removeprefix('torch.')}")
         b, s = input_ids.shape
         group = self.stages[0].tensor_group
         if b == 0 or b % self.microbatches:
-            raise ValueError(f"Pipeline.step: the batch must be a multiple of microbatches={self.microbatches}, got {b} rows")
+            raise ValueError(f"Pipeline: the batch must be a multiple of microbatches={self.microbatches}, got {b} rows")
         if s > self.config.max_position_embeddings:
-            raise ValueError(f"Pipeline.step: {s} tokens are more than max_position_embeddings "
+            raise ValueError(f"Pipeline: {s} tokens are more than max_position_embeddings "
                              f"{self.config.max_position_embeddings}")
         if self.stages[0].sequence_parallel and s % group.size:
-            raise ValueError(f"Pipeline.step: sequence_parallel needs a sequence that is a multiple of the {group.size} "
+            raise ValueError(f"Pipeline: sequence_parallel needs a sequence that is a multiple of the {group.size} "
                              f"tensor-parallel ranks, got {s} tokens")
         return b, s
 
@@ -190,7 +253,7 @@ class Pipeline:
                 raise _root(error)  # noqa: B904
         loss = (torch.stack(losses).sum() if losses
                 else torch.zeros((), dtype=torch.promote_types(self.hidden_dtype, torch.float32), device=input_ids.device)).detach()
-        return broadcast(loss, self.group, 0 if self._kind.v else self.group.size - 1)
+        return broadcast(loss, self.group, self._last)
 
     def _prepare_any(self) -> None:
         """For any shape, so that torch says now what it does not take."""
