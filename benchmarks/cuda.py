@@ -1,7 +1,6 @@
 """What a measurement needs of a GPU: a clock of events behind a flushed cache, its memory, and its name and clock rates.
 
-Nothing in this file knows an operation. A Device is all that the benchmark sees of the GPU, so that one of CPU tensors can stand
-in for it.
+Nothing in this file knows an operation.
 """
 
 from __future__ import annotations
@@ -9,16 +8,18 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from . import harness
+from .device import Device
+from .harness import Contestant
 
 SMI_FIELDS = ("uuid", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
 FLUSH_BYTES = 2**27  # at least, so that the host has some time to enqueue a step
+COPY = 2**30  # bytes that the copy reads, at most; beyond, it is taken to scale
 SMI_SECONDS = 20  # that nvidia-smi gets
 
 
@@ -29,21 +30,6 @@ class Event(Protocol):
     def query(self) -> bool: ...
     def synchronize(self) -> None: ...
     def elapsed_time(self, end: Event, /) -> float: ...
-
-
-@dataclass(frozen=True)
-class Device:
-    """A GPU, as far as the benchmark sees it."""
-
-    name: str  # where tensors are made
-    flush_bytes: int  # more than its L2 cache holds
-    event: Callable[[], Event]
-    synchronize: Callable[[], None]
-    release: Callable[[], None]  # gives cached memory back, so that the next shape finds it in one piece
-    environment: Callable[[], dict[str, object]]
-
-    def clock(self) -> EventClock:
-        return EventClock(torch.empty(self.flush_bytes, dtype=torch.uint8, device=self.name), self.event)
 
 
 class EventClock:
@@ -60,7 +46,8 @@ class EventClock:
         self.writes: dict[Callable[..., object], int] = {}
         self.late: set[Callable[..., object]] = set()
 
-    def __call__(self, step: Callable[..., object], setup: Callable[[], object] | None = None) -> float:
+    def __call__(self, contestant: Contestant) -> float:
+        step, setup = contestant.step, contestant.setup
         while True:
             arguments = () if setup is None else (setup(),)
             writes = self.writes.setdefault(step, 1)
@@ -91,8 +78,31 @@ def why_not() -> str:
 def device() -> Device:
     """The current CUDA device."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return Device("cuda", max(2 * properties.L2_cache_size, FLUSH_BYTES), lambda: torch.cuda.Event(enable_timing=True),
-                  torch.cuda.synchronize, torch.cuda.empty_cache, environment)
+    flush_bytes = max(2 * properties.L2_cache_size, FLUSH_BYTES)
+
+    def clock() -> EventClock:
+        return EventClock(torch.empty(flush_bytes, dtype=torch.uint8, device="cuda"), lambda: torch.cuda.Event(enable_timing=True))
+
+    return Device("cuda", clock, copying, peak, environment, torch.cuda.synchronize, torch.cuda.empty_cache)
+
+
+def copying(x: Tensor, nbytes: float) -> tuple[Contestant, float]:
+    """A copy on x's device that moves so many bytes, half of them read and half written; to scale where they are too many."""
+    half = max(1, round(nbytes / 2))
+    source = torch.ones(min(half, COPY), dtype=torch.uint8, device=x.device)
+    target = torch.empty_like(source)
+    return Contestant("copy", lambda: target.copy_(source)), half / source.numel()
+
+
+def peak(contestant: Contestant) -> int:
+    """From the account that PyTorch's caching allocator keeps."""
+    made = () if contestant.setup is None else (contestant.setup(),)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    contestant.step(*made)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def environment() -> dict[str, object]:

@@ -1,178 +1,171 @@
-"""Each op beside PyTorch eager and torch.compile, and beside the time that its bytes take: `python -m benchmarks.ops`.
+"""Each op beside PyTorch eager, torch.compile and the libraries that are installed: `python -m benchmarks.ops`.
 
-On a CPU, and with --device cuda on a GPU (gpu.py).
-
-The floor of a row is its bytes at the rate of x.clone() for its own shape and dtype, measured in turn with the contestants.
-Every op is compared with the float64 reference before it is timed; one that fails is not timed, and the exit status is 1.
-See docs/benchmarks.md for what the columns mean.
+Forward, backward alone and both, on a GPU where there is one and on the CPU elsewhere. The roof of a row is a copy of as many bytes
+as the op has to move, measured in turn with the contestants. Every op is compared with the float64 reference before it is timed;
+one that fails is not timed, and the exit status is 1. See docs/benchmarks.md for what the columns mean.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-import megatron_kernels as mk
+from . import charts, compare, cuda, device, harness, measure, pages, peers, plots, report, rows, shapes
+from .cases import CASES, DTYPES, MODES
+from .rows import Results
 
-from . import gpu, gpu_report, harness, report
-from .cases import CASES, DTYPES, Case, incoming_gradient, mismatch, results, with_gradients
-from .harness import Contestant
-
-MEASURED = "what this run measures"  # --readme without a file
+THRESHOLD = 5.0  # percent
 
 
-def prepare(case: Case, shape: tuple[int, ...], dtype: torch.dtype, mode: str,
-            device: str) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """Inputs of that shape, asking for gradients where mode is "both", and then the incoming gradient."""
-    torch.manual_seed(0)
-    inputs = with_gradients(case.inputs(shape, dtype, device), mode)
-    return inputs, incoming_gradient(case, inputs, mode)
-
-
-def contestants(case: Case, dtype: torch.dtype, mode: str, device: str, peers: tuple[str, ...]) -> list[Contestant]:
-    inputs, gradient = prepare(case, case.shape, dtype, mode, device)
-    piece, piece_gradient = prepare(case, case.piece, dtype, mode, device)
-    torch.compiler.reset()
-    functions = {"ours": case.ours, "eager": case.eager}
-    if "compile" in peers:
-        to_compile = {"compile": case.eager, **case.variants}
-        functions |= {name: torch.compile(function, fullgraph=True, dynamic=False) for name, function in to_compile.items()}
-        peers = (*peers, *case.variants)
-    wanted = ("ours", *peers)
-    x = inputs[0].detach()
-    return [Contestant("clone", x.clone), Contestant("piece", lambda: results(case.ours, piece, piece_gradient), warm=True),
-            *(Contestant(name, lambda f=functions[name]: results(f, inputs, gradient)) for name in wanted)]
-
-
-def check(case: Case, dtype: torch.dtype, args: argparse.Namespace) -> str:
-    """What is wrong with our op at this shape and dtype, forward and backward; empty when nothing is."""
-    inputs, gradient = prepare(case, case.shape, dtype, "both", args.device)
-    with mk.use(args.implementation):
-        return mismatch(case, case.ours, inputs, gradient)
-
-
-def measure(case: Case, dtype: torch.dtype, mode: str,
-            args: argparse.Namespace) -> tuple[dict[str, harness.Timing], float | None]:
-    """The timings of the floor, of ours without and with memory in its way, and of the peers; and the others' share of time."""
-    with mk.use(args.implementation):
-        running = contestants(case, dtype, mode, args.device, args.peers)
-        for contestant in running:  # compiles
-            contestant.step()
-        share = harness.others()
-        timings = harness.interleave(running, seconds=args.seconds, min_rounds=args.rounds, clock=harness.cpu_clock)
-        others = share()
-    clone_bytes = 2 * math.prod(case.shape) * dtype.itemsize  # read and written
-    return {"floor": timings.pop("clone").times(case.nbytes(dtype, mode) / clone_bytes),
-            "in cache": timings.pop("piece").times(math.prod(case.shape) / math.prod(case.piece)), **timings}, others
-
-
-def run(args: argparse.Namespace) -> report.Results:
-    rows: list[report.Row] = []
-    chosen = [(case, dtype) for case in CASES if case.op in args.ops for dtype in args.dtypes]
-    with report.progress_bar(len(chosen) * (1 + len(args.modes))) as announce:
-        for case, name in chosen:
-            dtype = DTYPES[name]
-            announce(f"{case.title} {name}: checking")
-            failure = check(case, dtype, args)
-            for mode in args.modes:
-                announce(f"{case.title} {name}: timing {mode}")
-                timings, others = ({}, None) if failure else measure(case, dtype, mode, args)
-                rows.append(report.Row(case.op, case.title, list(case.shape), name, mode, case.nbytes(dtype, mode),
-                                       args.allocator, timings, failure, others))
-    return report.Results(asdict(harness.environment()), rows)
-
-
-def run_with_default_allocator(argv: list[str]) -> report.Results:
-    """The same rows in a child process whose allocator is as glibc ships it."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "results.json"
-        command = [sys.executable, "-m", "benchmarks.ops", *argv, "--allocator", "default", "--json", str(path), "--csv", ""]
-        subprocess.run(command, env=harness.allocator_environment(reusing=False), cwd=harness.ROOT)
-        if not path.exists():
-            raise SystemExit("the run with the default allocator ended without results")
-        return report.Results.from_json(json.loads(path.read_text()))
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=__doc__)
     ops = [case.op for case in CASES]
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--ops", nargs="+", choices=ops, default=ops, metavar="OP", help=f"of {', '.join(ops)}; default all")
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="default fp32 bf16, on a GPU bf16 fp32 fp16")
-    parser.add_argument("--modes", nargs="+", choices=["forward", "backward", "both"],
-                        help="default forward and both; on a GPU also backward, alone")
-    parser.add_argument("--peers", nargs="*", choices=report.PEERS,
-                        help="default both; on a GPU eager, and compile at GPT-2's shapes and every other number of columns")
-    parser.add_argument("--implementation", help="as in megatron_kernels.use; default that of the device")
-    parser.add_argument("--rounds", type=int, help="at least so many samples a row; default 20, with --quick 7")
-    parser.add_argument("--seconds", type=float,
-                        help="and for at least so long; default 3, with --quick 0.5; on a GPU 0.2, with --quick 0.1")
-    parser.add_argument("--quick", action="store_true", help="fewer samples (on a GPU also fewer rows): under two minutes in all")
-    parser.add_argument("--csv", metavar="FILE", help="one line per row and contestant")
-    parser.add_argument("--json", metavar="FILE", help="everything, samples' quantiles and environment included")
-    parser.add_argument("--readme", metavar="FILE", nargs="?", const=MEASURED,
-                        help="measure nothing: put FILE, written by --json, into README.md; on a GPU, without FILE: measure first")
-    only_cpu = parser.add_argument_group("on a CPU")
-    only_cpu.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-                          else os.cpu_count(), help="default: the processors this process may use")
-    only_cpu.add_argument("--allocator", choices=["both", "reusing", "default"], default="both",
-                          help="glibc keeping freed blocks, as it ships, or a table for each (default)")
-    gpu.add_arguments(parser.add_argument_group("on a GPU"))
+    which = parser.add_argument_group("which rows")
+    which.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where torch finds a GPU")
+    which.add_argument("--quick", action="store_true", help="fewer shapes and samples: minutes instead of tens of minutes")
+    which.add_argument("--ops", nargs="+", choices=ops, default=ops, metavar="OP", help=f"of {', '.join(ops)}")
+    which.add_argument("--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help=f"of {', '.join(DTYPES)}")
+    which.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), metavar="MODE", help=f"of {', '.join(MODES)}")
+    which.add_argument("--shapes", nargs="+", choices=shapes.SETS, metavar="SET",
+                      help="main (one for each op), gpt2 (124M to 8.3B), columns, vocabulary; default all, on a CPU with --quick "
+                           "main")
+    which.add_argument("--columns", nargs="+", type=positive, metavar="N", help="of the matrices; default 256 to 262144")
+    which.add_argument("--vocabulary", nargs="+", type=positive, metavar="N", help="of the cross-entropies; default 4096 to 262144")
+    which.add_argument("--peers", nargs="+", choices=peers.NAMES, metavar="PEER",
+                      help=f"of {', '.join(peers.NAMES)}; default all on a GPU, eager and compile on a CPU")
+    how = parser.add_argument_group("how")
+    how.add_argument("--implementation", help="ours: cpu, cuda, triton or reference; default the device's name")
+    how.add_argument("--threads", type=positive, default=harness.processors(),
+                     help="on a CPU; default: the processors this process may use")
+    how.add_argument("--allocator", choices=["both", "reusing", "default"], default="both",
+                     help="on a CPU: glibc keeping freed blocks, as it ships, or a table for each (default)")
+    how.add_argument("--sittings", type=positive, help="of each row, spread over the run; default 2 on a CPU, 1 on a GPU")
+    how.add_argument("--rounds", type=positive, help="at least, in a sitting")
+    how.add_argument("--seconds", type=float, help="at least, in a sitting")
+    how.add_argument("--minutes", type=float, help="what has not begun by then is skipped, by name")
+    what = parser.add_argument_group("what to do with the results")
+    what.add_argument("--csv", metavar="FILE", help="one line per row and contestant")
+    what.add_argument("--json", metavar="FILE", help="everything; written anew after every shape, so that nothing is lost")
+    what.add_argument("--plot", metavar="DIR", help="SVG charts (needs matplotlib)")
+    what.add_argument("--readme", action="store_true",
+                      help="put tables and the charts of --plot into README.md and docs/benchmarks.md, unless an op is wrong")
+    what.add_argument("--from", metavar="FILE", dest="source", help="measure nothing: take what --json wrote into FILE")
+    what.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="measure nothing: show what moved, beyond noise")
+    what.add_argument("--threshold", type=float, default=THRESHOLD, metavar="PERCENT",
+                      help="for --compare: what moved by less is not shown; default %(default)g")
     args = parser.parse_args(argv)
-    if args.device == "cpu" and "backward" in (args.modes or ()):
-        parser.error("--modes backward is for --device cuda")
-    if args.device == "cpu" and args.readme is MEASURED:
-        parser.error("--readme without FILE is for --device cuda")
-    defaults = gpu.defaults(args.quick) if args.device == "cuda" else {
-        "dtypes": ["fp32", "bf16"], "modes": ["forward", "both"], "peers": report.PEERS, "seconds": 0.5 if args.quick else 3.0}
-    for name, value in {**defaults, "implementation": args.device}.items():
+    args.peers_given = args.peers is not None
+    args.device = args.device or ("cpu" if cuda.why_not() else "cuda")
+    for name, value in defaults(args.device, args.quick).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.rounds = args.rounds or (7 if args.quick else 20)
-    args.peers = None if args.peers is None else tuple(args.peers)
+    if args.device == "cuda":
+        args.allocator = ""
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: expected at least 1")
+    return number
+
+
+def defaults(kind: str, quick: bool) -> dict[str, object]:
+    size = shapes.sizes(kind, quick)
+    common = {"columns": size.columns, "vocabulary": size.vocabulary, "peers": peers.by_default(kind), "implementation": kind}
+    if kind == "cpu":
+        return common | {"dtypes": ["fp32", "bf16"], "shapes": ["main"] if quick else list(shapes.SETS), "sittings": 2,
+                         "rounds": 4 if quick else 8, "seconds": 0.1 if quick else 0.4, "minutes": 10.0 if quick else 30.0}
+    return common | {"dtypes": ["bf16"] if quick else ["bf16", "fp32", "fp16"], "shapes": list(shapes.SETS), "sittings": 1,
+                     "rounds": 7 if quick else 20, "seconds": 0.1 if quick else 0.2, "minutes": 1.5 if quick else 9.0}
+
+
+def with_default_allocator(argv: Sequence[str], quick: bool) -> Results:
+    """The main shapes once more, in a child process whose allocator is as glibc ships it: one sitting, if quick beside eager."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "results.json"
+        command = [sys.executable, "-m", "benchmarks.ops", *without_outputs(argv), "--allocator", "default", "--shapes", "main",
+                   "--sittings", "1", *(["--peers", "eager"] if quick else []), "--json", str(file)]
+        subprocess.run(command, env=harness.allocator_environment(reusing=False), cwd=harness.ROOT, stdout=subprocess.DEVNULL)
+        if not file.exists():
+            raise ValueError("the run with the default allocator ended without results")
+        return Results.load(file)
+
+
+def without_outputs(argv: Sequence[str]) -> list[str]:
+    """The arguments without what is to be done with the results, which is the parent's."""
+    kept: list[str] = []
+    skip = False
+    for word in argv:
+        if word.startswith("--"):
+            name = word.partition("=")[0]
+            skip = name in ("--csv", "--json", "--plot", "--readme")
+        if not skip:
+            kept.append(word)
+    return kept
+
+
+def main(argv: Sequence[str] | None = None, on: device.Device | None = None) -> int:
+    """Measures on that device, the one that --device names if None, shows and writes the results. 1 where an op is wrong."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     args = parse(argv)
-    if args.readme and args.readme is not MEASURED:
-        data = json.loads(Path(args.readme).read_text())
-        pages = gpu_report if data["environment"].get("kind") == "cuda" else report
-        pages.write_readme(harness.ROOT / "README.md", pages.Results.from_json(data))
-        return 0
-    if args.device == "cuda":
-        return gpu.main(args)
-    if args.allocator != "default":
+    try:
+        if args.compare:
+            return compared(args)
+        if args.plot and (why := charts.why_not()):
+            raise ValueError(f"--plot: {why}")
+        found = Results.load(args.source) if args.source else measured(args, argv, on)
+        report.show(found)
+        if args.csv:
+            rows.write_csv(args.csv, found)
+        if args.json:
+            rows.write_json(args.json, found)
+        drawn = plots.draw(args.plot, found) if args.plot else []
+        if any(row.failure for row in found.rows):
+            return 1
+        if args.readme:
+            pages.write_pages(harness.ROOT, found, [path.resolve() for path in drawn])
+    except ValueError as error:
+        print(f"benchmarks.ops: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def compared(args: argparse.Namespace) -> int:
+    a, b = (Results.load(file) for file in args.compare)
+    if why := compare.why_not(a, b):
+        raise ValueError(f"--compare {args.compare[0]} {args.compare[1]}: {why}")
+    compare.show(a, b, args.threshold / 100)
+    return 0
+
+
+def measured(args: argparse.Namespace, argv: Sequence[str], on: device.Device | None) -> Results:
+    """ValueError, in one line, where there is nothing to measure on or with."""
+    if args.device == "cuda" and on is None and (why := cuda.why_not()):
+        raise ValueError(f"--device cuda: {why}")
+    if args.device == "cpu" and args.allocator != "default":
         harness.restart_reusing("benchmarks.ops", argv)
     if why := harness.why_unavailable(args.implementation):
-        print(why, file=sys.stderr)
-        return 1
-    for file in filter(None, (args.csv, args.json)):
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        raise ValueError(f"--implementation {why}")
     both = args.allocator == "both"
-    args.allocator = "default" if args.allocator == "default" else "reusing"
-    torch.set_num_threads(args.threads)
-    outcome = run(args)
-    report.show(outcome)
-    if both:
-        outcome = outcome.followed_by(run_with_default_allocator(argv))
-    if args.csv:
-        report.write_csv(Path(args.csv), outcome)
-    if args.json:
-        Path(args.json).write_text(json.dumps(outcome.as_json(), indent=1) + "\n")
-    return 1 if any(row.failure for row in outcome.rows) else 0
+    if args.device == "cpu":
+        args.allocator = "default" if args.allocator == "default" else "reusing"
+        torch.set_num_threads(args.threads)
+    on = on or (device.cpu() if args.device == "cpu" else cuda.device())
+
+    def so_far(found: Results) -> None:
+        if args.json:
+            rows.write_json(args.json, found)
+
+    found = measure.run(list(shapes.entries(args)), args, on, so_far)
+    return found.followed_by(with_default_allocator(argv, args.quick)) if both else found
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: megatron-kernels inspect | convert | generate | demo.
+"""The command line: megatron-kernels inspect | convert | generate | evaluate | train | demo.
 
 Whatever a user can cause ends in one line on stderr, `error: ...`, and exit code 1; Ctrl-C ends in 130. PyTorch and the rest of
 the package are imported by the commands that need them.
@@ -19,10 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .evaluation import command as evaluation
+from .training.command import train
+
 if TYPE_CHECKING:
     import torch
 
-    from .checkpoint import Checkpoint, Tokenizer
+    from .checkpoint import Checkpoint, Tokenizer, WordPiece
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
                   help="""
@@ -50,10 +53,11 @@ class DType(str, Enum):
 
 Config = Annotated[Path | None, typer.Option(
     "--config", metavar="FILE", help="A Hugging Face config.json with what the checkpoint can't tell: heads, original "
-    "vocabulary, activation. Needed where there are no args and the shapes aren't those of the 345M release.")]
+    "vocabulary, activation. Needed where there are no args and the shapes aren't those of a 345M release.")]
 TokenizerDirectory = Annotated[Path | None, typer.Option(
-    "--tokenizer", metavar="DIR", help="Directory with tokenizer.json, or vocab.json and merges.txt.")]
-VocabFile = Annotated[Path | None, typer.Option("--vocab-file", metavar="FILE", help="GPT-2 vocabulary (gpt2-vocab.json).")]
+    "--tokenizer", metavar="DIR", help="Directory with tokenizer.json, or vocab.json and merges.txt; for a BERT with vocab.txt.")]
+VocabFile = Annotated[Path | None, typer.Option(
+    "--vocab-file", metavar="FILE", help="GPT-2 vocabulary (gpt2-vocab.json), or a BERT's (vocab.txt).")]
 MergesFile = Annotated[Path | None, typer.Option("--merges-file", metavar="FILE", help="GPT-2 merges (gpt2-merges.txt).")]
 
 
@@ -69,9 +73,7 @@ def inspect(
     try:
         checkpoint, open_question = load(path, config), None
     except MissingConfigurationError as error:
-        from .models.config import GPT2Config
-
-        checkpoint, open_question = load(path, GPT2Config(**error.config)), str(error)
+        checkpoint, open_question = load(path, error.kind(**error.config)), str(error)
     _print_tables(checkpoint, all_layers, open_question)
 
 
@@ -94,18 +96,19 @@ def convert(
 ) -> None:
     """Convert a checkpoint to Hugging Face (the default) or to Megatron-LM at any tensor- and pipeline-parallel size.
 
-    The defaults suit the 345M release of Megatron-LM. Weights are copied bit for bit unless --dtype says otherwise; rows that
-    pad the vocabulary are dropped where its true size is known. The tokenizer's files, if given, go beside the weights, where
-    AutoTokenizer finds them.
+    A GPT-2 or a BERT: which it is the file tells. The defaults suit the 345M releases of Megatron-LM. Weights are copied bit for
+    bit unless --dtype says otherwise; rows that pad the vocabulary are dropped where its true size is known. The tokenizer's
+    files, if given, go beside the weights, where AutoTokenizer finds them.
     """
     from . import checkpoint as checkpoints
 
     shard_bytes = parse_size(max_shard_size)
     if to is Format.huggingface and (tensor_parallel, pipeline_parallel) != (1, 1):
         raise ValueError("--tensor-parallel and --pipeline-parallel need --to megatron")
-    files = _tokenizer(tokenizer, vocab_file, merges_file)
     start = time.perf_counter()
-    model = _open(source, config)
+    model = _read(source, config)
+    files = (_wordpiece if model.config.model == "BERT" else _tokenizer)(tokenizer, vocab_file, merges_file)
+    _say_notes(model)
     common: dict[str, Any] = {"dtype": _torch_dtype(dtype), "tokenizer": files, "force": force, "track": _track("writing")}
     if to is Format.huggingface:
         checkpoints.save_huggingface(model, destination, max_shard_size=shard_bytes, **common)
@@ -139,16 +142,18 @@ def generate(
     import torch
 
     from .checkpoint import Tokenizer
-    from .models import GPT2
+    from .models import GPT2, GPT2Config
 
+    checkpoint = _read(model, config)
+    settings = checkpoint.expect(GPT2Config)
     files = _tokenizer(tokenizer, vocab_file, merges_file) or Tokenizer(directory=model if model.is_dir() else model.parent)
-    checkpoint = _open(model, config)
-    files.check(checkpoint.config.padded_vocab_size or checkpoint.config.vocab_size)
+    _say_notes(checkpoint)
+    files.check(settings.padded_vocab_size or settings.vocab_size)
     words = files.load()
     ids = words.encode(prompt).ids
     if not ids:
         raise ValueError("--prompt is empty; give at least one token to continue")
-    end = checkpoint.config.eos_token_id
+    end = settings.eos_token_id
     end = files.end_of_text if end is None else end
     gpt2 = GPT2.from_checkpoint(checkpoint, _torch_dtype(dtype))
     sample = temperature != 0 and any(value is not None for value in (temperature, top_k, top_p, seed))
@@ -159,16 +164,32 @@ def generate(
     typer.echo(words.decode(out))
 
 
+app.add_typer(evaluation.app, name="evaluate")
+
+
 @app.command()
-def demo() -> None:
+def demo(
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep what it makes in this new directory: tokenizer, Megatron "
+                                             "checkpoint, Hugging Face directory.")] = None,
+) -> None:
     """Train a small GPT-2, save it as a Megatron checkpoint, convert it, load it back, write text, and time the fused ops."""
     from .demo import main as run
 
-    run()
+    run(out)
+
+
+app.command()(train)
 
 
 def _open(path: Path, config: Path | None) -> Checkpoint:
-    """Load a checkpoint, with a spinner on a terminal (archives take a while to unpack), and say what the user should know."""
+    """Load a checkpoint and say what the user should know."""
+    checkpoint = _read(path, config)
+    _say_notes(checkpoint)
+    return checkpoint
+
+
+def _read(path: Path, config: Path | None) -> Checkpoint:
+    """Load a checkpoint, with a spinner on a terminal (archives take a while to unpack)."""
     from .checkpoint import load
 
     with contextlib.ExitStack() as stack:
@@ -176,10 +197,22 @@ def _open(path: Path, config: Path | None) -> Checkpoint:
             from rich.console import Console
 
             stack.enter_context(Console(stderr=True).status(f"reading {path}"))
-        checkpoint = load(path, config)
+        return load(path, config)
+
+
+def _say_notes(checkpoint: Checkpoint) -> None:
     for note in checkpoint.notes:
         _say(f"note: {note}")
-    return checkpoint
+
+
+def _wordpiece(directory: Path | None, vocab_file: Path | None, merges_file: Path | None) -> WordPiece | None:
+    """The vocabulary of a BERT that the options name."""
+    from .checkpoint import WordPiece
+
+    if merges_file is not None or (directory is not None and vocab_file is not None):
+        raise ValueError("a BERT takes a WordPiece vocabulary: --vocab-file FILE or --tokenizer DIR, and no merges")
+    path = directory if vocab_file is None else vocab_file
+    return None if path is None else WordPiece(path)
 
 
 def _tokenizer(directory: Path | None, vocab_file: Path | None, merges_file: Path | None) -> Tokenizer | None:

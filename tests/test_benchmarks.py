@@ -2,48 +2,73 @@
 
 from __future__ import annotations
 
-import csv
-import json
+import itertools
+import math
 import os
+import random
+import re
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-import megatron_kernels as mk
-from benchmarks import harness, ops, report
-from benchmarks.harness import Contestant, Timing, interleave, quantile
+from benchmarks import cases, harness
+from benchmarks.cases import CASES, Made, Truth, mismatch, prepare, results, without_mask
+from benchmarks.harness import Contestant, Timing, interleave, interval, quantile
 
 SMALL = {"scaled_masked_softmax": (2, 3, 17, 17), "bias_gelu": (33, 40), "layer_norm": (32, 48), "cross_entropy": (12, 301)}
-CASES = [replace(case, shape=SMALL[case.op], piece=SMALL[case.op]) for case in ops.CASES]
-by_op = pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
+SMALL_CASES = [replace(case, shape=SMALL[case.op], piece=SMALL[case.op]) for case in CASES]
+MATRICES = [replace(without_mask(case), shape=(12, 40)) for case in CASES]
+by_op = pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.op)
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """The benchmark on small shapes, in this process, by the reference: the C++ library is not what is tested here."""
-    monkeypatch.setattr(ops, "CASES", CASES)
-    for name, value in harness.REUSING_ALLOCATOR.items():
-        monkeypatch.setenv(name, value)
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Several take longer over so little, where others want the processors too."""
     threads = torch.get_num_threads()
-
-    def run(*arguments: str) -> int:
-        return ops.main(["--implementation", "reference", "--allocator", "reusing", "--rounds", "3", "--seconds", "0",
-                         "--peers", "eager", *arguments])
-
-    yield run
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(threads)
 
 
 def test_quantiles():
     samples = [4.0, 1.0, 3.0, 2.0, 5.0]
     assert [quantile(samples, q) for q in (0, 0.2, 0.5, 0.8, 1)] == pytest.approx([1, 1.8, 3, 4.2, 5])
-    assert Timing.of(samples) == Timing(3.0, quantile(samples, 0.2), quantile(samples, 0.8), 5)
-    with pytest.raises(ValueError, match="no samples"):
-        quantile([], 0.5)
+    assert Timing.of(samples) == Timing(3.0, quantile(samples, 0.2), quantile(samples, 0.8), 5, 1.0, 5.0, 0)
+    for function in (lambda: quantile([], 0.5), lambda: interval([])):
+        with pytest.raises(ValueError, match="no samples"):
+            function()
+
+
+@pytest.mark.parametrize(("n", "ranks"), [(1, (1, 1)), (5, (1, 5)), (6, (1, 6)), (8, (1, 8)), (9, (2, 8)), (20, (6, 15)),
+                                          (40, (14, 27)), (100, (40, 61))])
+def test_interval_by_ranks(n, ranks):
+    """The ranks of tables of the sign test, at 95%."""
+    samples = list(range(1, n + 1))
+    random.Random(0).shuffle(samples)
+    assert interval(samples) == ranks
+
+
+def test_interval_has_the_median_in_it_as_often_as_it_says():
+    """2000 draws of a skewed distribution: the share that misses its median, ln 2, is what the binomial distribution says."""
+    draw = random.Random(1)
+    ends = [interval([draw.expovariate(1) for _ in range(15)]) for _ in range(2000)]
+    missed = sum(not low <= math.log(2) <= high for low, high in ends) / 2000
+    expected = 2 * sum(math.comb(15, k) for k in range(4)) / 2**15
+    assert expected == pytest.approx(0.035, abs=0.001) and missed == pytest.approx(expected, abs=0.015)
+
+
+def test_interval_spans_the_sittings_and_outliers_are_counted():
+    quiet = [1.0] * 19 + [9.0]
+    assert Timing.of(quiet) == Timing(1.0, 1.0, 1.0, 20, 1.0, 1.0, outliers=1)
+    both = Timing.of(quiet, [1.5] * 5, [0.5] * 5)
+    assert (both.median, both.low, both.high, both.samples, both.outliers) == (1.0, 0.5, 1.5, 30, 6)
+    assert both.width == 1.0 and both.times(2).high == 3.0 and both.times(2).width == 1.0
+    assert Timing.of([1.0, 1.1, 1.2, 1.3, 1.4]).outliers == 0
 
 
 def test_contestants_take_turns():
@@ -61,16 +86,30 @@ def test_contestants_take_turns():
 def test_time_and_rounds_bound_a_measurement():
     ticks = iter(range(1000))
     nothing = Contestant("a", lambda: None)
-    timings = interleave([nothing], seconds=60, min_rounds=2, max_rounds=5, clock=lambda step: next(ticks))
-    assert timings["a"] == Timing(2.0, 0.8, 3.2, 5)
+    timings = interleave([nothing], seconds=60, min_rounds=2, max_rounds=5, clock=lambda contestant: next(ticks))
+    assert timings["a"] == Timing(2.0, 0.8, 3.2, 5, 0, 4)
 
 
-def test_warm_contestant_runs_right_before_it_is_timed():
+@pytest.mark.parametrize(("times", "rounds"), [([1.0], 3), ([1.0, 2.0], 7), ([1.0, 1.01], 3)])
+def test_noisy_contestant_gets_more_rounds(monkeypatch, times, rounds):
+    """The clock shows a second more each time it is read; four seconds are asked for, at most twice as many are given."""
+    now = itertools.count()
+    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    clock = itertools.cycle(times)
+    found = harness.sample([Contestant("a", lambda: None)], seconds=4, min_rounds=1, clock=lambda contestant: next(clock),
+                           settled=0.03, patience=2.0)
+    assert len(found["a"]) == rounds
+
+
+def test_warm_contestant_runs_right_before_it_is_timed_and_the_others_behind_a_flush():
     calls: list[str] = []
-    cold, warm = (Contestant(name, lambda name=name: calls.append(name), warm=name == "warm") for name in ("cold", "warm"))
-    timings = interleave([cold, warm], seconds=0, min_rounds=4, warmup=0)
-    assert calls.count("cold") == 4 and calls.count("warm") == 8 and timings["warm"].samples == 4
-    assert "warm,warm" in ",".join(calls)
+    cold = Contestant("cold", lambda made: calls.append(f"cold {made}"), setup=lambda: calls.append("setup") or "made")
+    warm = Contestant("warm", lambda: calls.append("warm"), warm=True)
+    harness.cpu_clock(cold, lambda: calls.append("flush"))
+    assert calls == ["setup", "flush", "cold made"]
+    calls.clear()
+    harness.cpu_clock(warm, lambda: calls.append("flush"))
+    assert calls == ["warm", "warm"]
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="the system keeps no account there")
@@ -105,9 +144,10 @@ def test_allocator_environment():
 
 def test_bytes():
     elements = 2 * 16 * 1024 * 1024
-    softmax, gelu, norm, entropy = ops.CASES
+    softmax, gelu, norm, entropy = CASES
     assert softmax.nbytes(torch.float32, "forward") == elements * 4 * 1.5  # half is not read
     assert softmax.nbytes(torch.float32, "both") == elements * 4 * 3.5
+    assert softmax.nbytes(torch.float32, "backward") == elements * 4 * 2
     assert gelu.nbytes(torch.bfloat16, "both") == 2048 * 4096 * 2 * 5
     assert norm.nbytes(torch.bfloat16, "forward") == 4096 * 1024 * 2 * 2
     assert entropy.nbytes(torch.float32, "forward") == 512 * 50304 * 4
@@ -116,12 +156,15 @@ def test_bytes():
 @by_op
 def test_every_contestant_computes_the_op(case):
     """In float32: in 16 bits eager rounds after every step, and sums some parameter gradients in 16 bits."""
-    torch.manual_seed(0)
-    inputs = ops.with_gradients(case.inputs(case.shape, torch.float32, "cpu"), "both")
-    gradient = ops.incoming_gradient(case, inputs, "both")
+    inputs, gradient = prepare(case, case.shape, torch.float32, "cpu")
     for function in (case.eager, *case.variants.values()):
-        assert ops.mismatch(case, function, inputs, gradient, slack=8) == ""
-    assert len(ops.results(case.eager, inputs, gradient)) == 1 + sum(x.is_floating_point() for x in inputs)
+        assert mismatch(case, function, inputs, gradient, slack=8) == ""
+    assert len(results(case.eager, inputs, gradient)) == 1 + sum(x.is_floating_point() for x in inputs)
+
+
+def test_incoming_gradient_is_the_same_each_time():
+    one, other = (prepare(SMALL_CASES[1], (3, 5), torch.float32, "cpu") for _ in range(2))
+    assert torch.equal(one[1], other[1]) and torch.equal(one[0][0], other[0][0])
 
 
 @by_op
@@ -146,81 +189,101 @@ def test_check_finds_one_wrong_element(case, dtype, at):
     def wrong(first, *rest):
         return Wrong.apply(case.reference(first, *rest)) if at == 0 else case.reference(Wrong.apply(first), *rest)
 
-    torch.manual_seed(1)
-    inputs = ops.with_gradients(case.inputs(case.shape, dtype, "cpu"), "both")
-    gradient = ops.incoming_gradient(case, inputs, "both")
-    assert ops.mismatch(case, case.reference, inputs, gradient, slack=4) == ""
-    assert "times the tolerance" in ops.mismatch(case, wrong, inputs, gradient)
+    inputs, gradient = prepare(case, case.shape, dtype, "cpu")
+    assert mismatch(case, case.reference, inputs, gradient, slack=4) == ""
+    assert "times the tolerance" in mismatch(case, wrong, inputs, gradient)
 
 
 def test_nan_is_a_mismatch():
-    case = CASES[1]
-    inputs = ops.with_gradients(case.inputs(case.shape, torch.float32, "cpu"), "forward")
-    assert "is nan" in ops.mismatch(case, lambda x, bias: case.reference(x, bias) * float("nan"), inputs, None)
+    case = SMALL_CASES[1]
+    inputs, gradient = prepare(case, case.shape, torch.float32, "cpu")
+    assert "is nan" in mismatch(case, lambda x, bias: case.reference(x, bias) * float("nan"), inputs, gradient)
 
 
-def test_table_csv_and_json(small, tmp_path, capsys):
-    assert small("--json", str(tmp_path / "new" / "r.json"), "--csv", str(tmp_path / "r.csv")) == 0
-    (tmp_path / "new" / "r.json").rename(tmp_path / "r.json")
-    shown = capsys.readouterr().out
-    assert all(case.title in shown for case in CASES) and "torch " + torch.__version__ in shown
-    results = report.Results.from_json(json.loads((tmp_path / "r.json").read_text()))
-    assert [(row.op, row.dtype, row.mode) for row in results.rows] == \
-        [(case.op, dtype, mode) for case in CASES for dtype in ("fp32", "bf16") for mode in ("forward", "both")]
-    assert all(set(row.timings) == {"floor", "in cache", "ours", "eager"} for row in results.rows)
-    assert all(timing.samples == 3 for row in results.rows for timing in row.timings.values())
-    assert results.as_json() == json.loads((tmp_path / "r.json").read_text())
-    with (tmp_path / "r.csv").open() as file:
-        lines = list(csv.DictReader(file))
-    assert len(lines) == 4 * len(results.rows)
-    first = results.rows[0].timings["ours"]
-    line = next(line for line in lines if line["contestant"] == "ours")
-    assert float(line["median_ms"]) == pytest.approx(first.median, rel=1e-3) and line["torch"] == torch.__version__
+@pytest.mark.parametrize("case", [*SMALL_CASES, *MATRICES], ids=lambda case: case.title)
+@pytest.mark.parametrize("rows", [None, 1, 5])
+def test_check_in_pieces(case, rows):
+    """The right op passes; one wrong element in the last row does not, nor does a wrong gradient of a parameter."""
+    inputs, gradient = prepare(case, case.shape, torch.float32, "cpu")
+    assert mismatch(case, case.reference, inputs, gradient, rows=rows) == ""
+    assert mismatch(case, case.eager, inputs, gradient, slack=8, rows=rows) == ""
+
+    def wrong_output(*inputs):
+        factor = torch.ones_like(output := case.reference(*inputs))
+        factor[-1] = 1.25
+        return output * factor
+
+    found = re.match(r"output\[(\d+)", mismatch(case, wrong_output, inputs, gradient, rows=rows))
+    assert int(found[1]) in ((3, 4, 5) if len(case.shape) == 4 else (len(inputs[0]) - 1,))  # batches and heads count as one
+    for number, x in enumerate(inputs):
+        if x.is_floating_point():
+            def wrong_gradient(*inputs, number=number):
+                return case.reference(*(y + 0.001 * (y - y.detach()) if i == number else y for i, y in enumerate(inputs)))
+            assert f"gradient of input {number}" in mismatch(case, wrong_gradient, inputs, gradient, rows=rows)
 
 
-def test_wrong_op_is_not_timed(small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ops, "CASES", [replace(CASES[0], ours=lambda x, future: mk.scaled_masked_softmax(x)), CASES[1]])
-    assert small("--dtypes", "fp32", "--json", str(tmp_path / "r.json")) == 1
-    assert "is wrong, so it was not timed" in capsys.readouterr().out
-    wrong, right = report.Results.from_json(json.loads((tmp_path / "r.json").read_text())).rows[::2]
-    assert wrong.failure and not wrong.timings
-    assert right.timings and not right.failure
+def test_half_precision_below_its_normal_numbers():
+    """At 262144 columns probabilities in fp16 have a few bits, and the gradients that start from them no more."""
+    case = replace(MATRICES[0], shape=(1, 262144))
+    inputs, gradient = prepare(case, case.shape, torch.float16, "cpu")
+    assert mismatch(case, case.reference, inputs, gradient) == ""
+
+    class FromRounded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(y := case.reference(x))
+            return y
+
+        @staticmethod
+        def backward(ctx, dy):
+            y, dy = ctx.saved_tensors[0].double(), dy.double()
+            return (y * (dy - (y * dy).sum(-1, keepdim=True))).half()
+
+    assert mismatch(case, FromRounded.apply, inputs, 100 * gradient) == ""
+    assert "times the tolerance" in mismatch(case, lambda x: case.reference(x * 1.1), inputs, gradient)
 
 
-def test_unknown_implementation(small, capsys):
-    assert ops.main(["--implementation", "abacus", "--allocator", "reusing"]) == 1
-    assert "unknown implementation" in capsys.readouterr().err
+@pytest.mark.parametrize("case", [*SMALL_CASES, *MATRICES], ids=lambda case: case.title)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_peer_may_round_but_not_be_wrong(case, dtype):
+    """Eager passes in every dtype; what is off by a twentieth, in the output or in any gradient, does not."""
+    inputs, gradient = prepare(case, case.shape, dtype, "cpu")
+    truth = Truth(case, inputs, gradient, rows=3)
+    assert truth.peer_mismatch(Made(case.eager, inputs)) == ""
+    assert "output" in truth.peer_mismatch(Made(lambda *inputs: 1.05 * case.eager(*inputs), inputs))
+    for number, x in enumerate(inputs):
+        if x.is_floating_point():
+            def off(*inputs, number=number):
+                return case.eager(*(y + 0.05 * (y - y.detach()) if i == number else y for i, y in enumerate(inputs)))
+            assert f"gradient of input {number}" in truth.peer_mismatch(Made(off, inputs))
 
 
-def test_limits():
-    row = report.Row("bias_gelu", "bias-GeLU", [8, 8], "bf16", "both", 640.0, "reusing",
-                     {name: Timing(ms, ms, ms, 3) for name, ms in
-                      {"floor": 1, "in cache": 1, "ours": 2, "eager": 7, "compile": 5, "another way": 1}.items()})
-    assert (row.times_floor, row.floor_limit, row.lead_over_best, row.lead) == (2.0, 2.5, 2.5, 3.0)
-    assert report.against(row.times_floor, row.floor_limit, at_most=True) == "2.00 ≤2.5 ✓"
-    assert report.against(row.lead_over_best, row.lead, at_most=False) == "2.50 ≥3 ✗"
-    assert row.gigabytes_per_second("ours") == pytest.approx(640 / 2e-3 / 1e9)
-    ungoverned = replace(row, allocator="default")
-    assert ungoverned.floor_limit is None and ungoverned.lead is None
+def test_small_parts_of_a_peer_matter_where_they_do():
+    """A cross-entropy that has a gradient at the true class alone, and a softmax that is zero where it is small."""
+    case = replace(SMALL_CASES[3], shape=(4, 30000))
+    inputs, gradient = prepare(case, case.shape, torch.bfloat16, "cpu")
+
+    def only_the_class(logits, target):
+        kept = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, target[:, None], True)
+        return case.eager(torch.where(kept, logits, logits.detach()), target)
+
+    assert "times the tolerance" in Truth(case, inputs, gradient).peer_mismatch(Made(only_the_class, inputs))
+    inputs, gradient = prepare(MATRICES[0], (4, 30000), torch.bfloat16, "cpu")
+    small = Made(lambda x: torch.softmax(x, -1).where(x > 0, 0.0), inputs)
+    assert "times the tolerance" in Truth(replace(MATRICES[0], shape=(4, 30000)), inputs, gradient).peer_mismatch(small)
 
 
-def test_readme_section_is_replaced(small, tmp_path):
-    assert small("--ops", "layer_norm", "--json", str(tmp_path / "r.json")) == 0
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    results = report.Results.from_json(json.loads((tmp_path / "r.json").read_text()))
-    busy, results = (replace(results, rows=[replace(row, others=share) for row in results.rows]) for share in (0.3, 0.01))
-    with pytest.raises(ValueError, match="took 30% of the processors"):
-        report.write_readme(readme, busy)
-    report.write_readme(readme, results)
-    text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert text.count("| layer norm |") == 4
-    report.write_readme(readme, results)
-    assert readme.read_text() == text
-    readme.write_text("nothing here\n")
-    with pytest.raises(ValueError, match="expected the lines"):
-        report.write_readme(readme, results)
+def test_peer_in_a_layout_of_its_own():
+    case = SMALL_CASES[3]
+    inputs, gradient = prepare(case, case.shape, torch.float32, "cpu")
+    theirs = inputs[0].detach().unsqueeze(1).requires_grad_(), inputs[1].unsqueeze(1)
+    shapes = []
+
+    def loss(logits, target):
+        shapes.append(tuple(logits.shape))
+        return case.eager(logits.transpose(1, 2), target)
+
+    assert Truth(case, inputs, gradient).peer_mismatch(Made(loss, theirs)) == "" and shapes == [(12, 1, 301)]
 
 
 def test_environment_names_the_machine():
@@ -228,3 +291,18 @@ def test_environment_names_the_machine():
     assert e.device and e.threads == torch.get_num_threads() and e.torch == torch.__version__
     assert e.commit == "unknown" or len(e.commit.rstrip("+")) >= 7
     assert os.fspath(harness.ROOT / "benchmarks") == os.path.dirname(harness.__file__)
+    assert harness.cache_bytes() >= 2**15 and (e.clocks == "unknown" or e.clocks.endswith("MHz"))
+
+
+def test_cases_of_matrices_have_no_mask():
+    assert [case.title for case in MATRICES] == ["softmax", "bias-GeLU", "layer norm", "cross-entropy"]
+    assert MATRICES[0].nbytes(torch.float32, "backward") == 12 * 40 * 4 * 3
+    assert len(MATRICES[0].inputs((2, 3), torch.half, "cpu")) == 1
+    assert cases.without_mask(CASES[1]) is CASES[1]
+
+
+def test_example_of_the_documentation_runs(capsys):
+    page = (harness.ROOT / "docs" / "benchmarks.md").read_text()
+    example, = (code for code in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL) if "interleave" in code)
+    exec(example, {})
+    assert re.fullmatch(r"exp: .* ms, between .*\ntanh: .*\n", capsys.readouterr().out)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import cuda, harness
+from benchmarks import cuda, device, harness
 from benchmarks.cuda import EventClock
 from benchmarks.harness import Contestant
 
@@ -74,8 +74,9 @@ class Script:
 def test_clock_flushes_outside_the_events():
     script = Script(enough=1)
     clock = script.clock()
-    assert clock(lambda: script.log.append("step")) == 7.0
-    assert clock(lambda made: script.log.append(f"step {made}"), lambda: script.log.append("setup") or "forward's") == 7.0
+    assert clock(Contestant("a", lambda: script.log.append("step"))) == 7.0
+    assert clock(Contestant("b", lambda made: script.log.append(f"step {made}"),
+                            setup=lambda: script.log.append("setup") or "forward's")) == 7.0
     assert script.samples() == [["flush", "start", "step", "end", "wait"],
                                 ["setup", "flush", "start", "step forward's", "end", "wait"]]
     assert not clock.late
@@ -88,11 +89,11 @@ def test_sample_is_taken_again_when_the_host_was_late():
     def step() -> None:
         script.log.append("step")
 
-    clock(step)
+    clock(Contestant("a", step))
     assert [sample.count("flush") for sample in script.samples()] == [1, 2, 4] and not clock.late
-    clock(step)  # and it remembers
+    clock(Contestant("a", step))  # and it remembers
     assert [sample.count("flush") for sample in script.samples()] == [1, 2, 4, 4]
-    clock(lambda: None)
+    clock(Contestant("b", lambda: None))
     assert [sample.count("flush") for sample in script.samples()[4:]] == [1, 2, 4]
 
 
@@ -102,7 +103,7 @@ def test_step_that_waits_for_the_gpu_is_late():
 
     def step() -> None: ...
 
-    assert clock(step) == 7.0 and clock.late == {step}
+    assert clock(Contestant("a", step)) == 7.0 and clock.late == {step}
     assert [sample.count("flush") for sample in script.samples()] == [1, 2, 4]
 
 
@@ -146,12 +147,58 @@ def test_environment_names_the_card(monkeypatch):
         return answers.pop(0)
 
     monkeypatch.setattr(cuda, "nvidia_smi", nvidia_smi)
+    sizes: list[int] = []
+    monkeypatch.setattr(torch, "empty", lambda size, device, **options: sizes.append(size) or empty(64, **options))
     found = cuda.device().environment()
-    assert cuda.device().flush_bytes == 2**27 and set(found) == set(cuda.environment())
+    cuda.device().clock()
+    assert sizes[-1] == 2**27 and set(found) == set(cuda.environment())
     assert (found["device"], found["compute_capability"], found["l2_mib"], found["driver"]) == ("Abacus 2000", "9.0", 50.0, "5")
     assert found["clocks"] == "SM 1 MHz of 2 MHz, memory 3 MHz, 4 W" and found["torch"] == torch.__version__
     card.L2_cache_size = 126 * 2**20
-    assert cuda.device().flush_bytes == 252 * 2**20
+    cuda.device().clock()
+    assert sizes[-1] == 252 * 2**20
+
+
+def test_copy_moves_the_bytes_of_the_op(monkeypatch):
+    monkeypatch.setattr(cuda, "COPY", 1000)
+    contestant, factor = cuda.copying(torch.empty(3), 600.0)
+    assert contestant.step().numel() == 300 and factor == 1
+    contestant, factor = cuda.copying(torch.empty(3), 8000.0)
+    assert contestant.step().numel() == 1000 and factor == 4
+
+
+def test_clone_of_the_tensor_stands_for_the_bytes_of_the_op():
+    x = torch.ones(8, 100, requires_grad=True)
+    contestant, factor = device.clone_of(x, 4800.0)
+    assert torch.equal(contestant.step(), x) and not contestant.step().requires_grad and factor == 4800 / (2 * 3200)
+
+
+def test_peak_of_allocations():
+    """Three tensors of a megabyte at once in between, one at the end; what is made in the setup does not count."""
+    def step(x):
+        y = x + 1
+        z = y * 2
+        return (y + z).sum()
+
+    def backward(y):
+        return torch.autograd.grad(y, x)
+
+    x = torch.ones(2**18, requires_grad=True)
+    held = device.peak_of_allocations(Contestant("a", step, setup=lambda: torch.ones(2**18)))
+    assert 3 * 2**20 <= held < 3 * 2**20 + 2**16
+    held = device.peak_of_allocations(Contestant("b", backward, setup=lambda: (3 * x).sum()))
+    assert 2**20 <= held < 2**20 + 2**16
+
+
+def test_cold_clock_reads_its_buffer_before_each_step():
+    class Buffer:
+        def sum(self):
+            log.append("flush")
+
+    log: list[str] = []
+    clock = device.ColdClock(Buffer())
+    assert clock(Contestant("a", lambda: log.append("step"))) > 0 and log == ["flush", "step"] and not clock.late
+    assert isinstance(device.cpu().clock().buffer, torch.Tensor) and device.cpu().environment()["flushed_mib"] >= 1
 
 
 @pytest.mark.gpu

@@ -300,7 +300,7 @@ class TestUnsupported:
     def test_bert(self, tmp_path):
         root = write(tmp_path, Form(), MODEL)
         edit(model_file(root, Form()), lambda c: c["model"].update(lm_head={"bias": torch.zeros(512)}))
-        refused(root, "lm_head.bias belongs to a BERT")
+        refused(root, "the last stage lacks lm_head.dense.weight, expected in every BERT")
 
     def test_unknown_key(self, tmp_path):
         root = write(tmp_path, Form(), MODEL)

@@ -158,7 +158,7 @@ class TestReading:
         ({"scale_attn_weights": False}, "scale_attn_weights = False is not supported"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
         ({"add_cross_attention": True}, "add_cross_attention = True"),
-        ({"model_type": "bert"}, "model_type 'bert', expected 'gpt2'"),
+        ({"model_type": "roberta"}, "model_type 'roberta', expected 'gpt2'"),
         ({"n_layer": 3}, "unknown key h.3.|unknown key transformer.h.3.|h.3"),
         ({"n_layer": 5}, "transformer.h.4.ln_1.weight is missing from the weights"),
         ({"n_embd": 16}, r"wte.weight has shape \[512, 12\], expected \[512, 16\]"),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def fails(capsys, *arguments):
     return err
 
 
-COMMANDS = ["inspect", "convert", "generate", "demo"]
+COMMANDS = ["inspect", "convert", "generate", "evaluate", "train", "demo"]
 
 
 @pytest.mark.parametrize("arguments", [[], *([command] for command in COMMANDS)])
@@ -208,8 +209,8 @@ class TestGenerate:
 
 def test_demo(monkeypatch):
     ran = []
-    monkeypatch.setitem(sys.modules, "megatron_kernels.demo", types.SimpleNamespace(main=lambda: ran.append(True)))
-    assert cli.run(["demo"]) == 0 and ran == [True]
+    monkeypatch.setitem(sys.modules, "megatron_kernels.demo", types.SimpleNamespace(main=ran.append))
+    assert cli.run(["demo"]) == 0 and cli.run(["demo", "--out", "kept"]) == 0 and ran == [None, Path("kept")]
 
 
 def test_closed_pipe():

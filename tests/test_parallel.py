@@ -16,7 +16,8 @@ import pytest
 
 HERE = Path(__file__).parent
 RANKS = 4
-MODULES = ["parallel_tensor", "parallel_losses", "parallel_pipeline", "parallel_data", "parallel_checkpoints", "parallel_docs"]
+MODULES = ["parallel_tensor", "parallel_losses", "parallel_pipeline", "parallel_data", "parallel_checkpoints", "parallel_bert",
+           "parallel_docs"]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Checkpoints of GPT-2: Megatron-LM's and Hugging Face's, read and written; and the state of a training run.
+"""Checkpoints of GPT-2 and BERT: Megatron-LM's and Hugging Face's, read and written; and the state of a training run.
 
     checkpoint = load("megatron_gpt2_345m_v0_0.zip")
     save_huggingface(checkpoint, "gpt2-345m")
@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..models.config import GPT2Config
+from ..models.config import ModelConfig
 from . import huggingface, megatron
 from .errors import CheckpointError, MissingConfigurationError
 from .gathering import write_together
@@ -22,20 +22,21 @@ from .megatron_writer import save_megatron
 from .tensors import Checkpoint
 from .tokenizer import Tokenizer
 from .training import Restored, latest, load_training, save_training
+from .wordpiece import WordPiece
 
-__all__ = ["Checkpoint", "CheckpointError", "MissingConfigurationError", "Restored", "Tokenizer", "latest", "load", "load_training",
-           "save_huggingface", "save_megatron", "save_training", "write_together"]
+__all__ = ["Checkpoint", "CheckpointError", "MissingConfigurationError", "Restored", "Tokenizer", "WordPiece", "latest", "load",
+           "load_training", "save_huggingface", "save_megatron", "save_training", "write_together"]
 
 
-def load(path: str | os.PathLike[str], config: GPT2Config | str | Path | None = None) -> Checkpoint:
-    """Read a GPT-2 checkpoint; the format is found out by looking.
+def load(path: str | os.PathLike[str], config: ModelConfig | str | Path | None = None) -> Checkpoint:
+    """Read a checkpoint of a GPT-2 or a BERT; the format and the model are found out by looking.
 
     path: a Hugging Face directory; or Megatron's zip archive, .pt file, iteration directory, or the directory above it.
-    config: what the files can't tell, as a GPT2Config or a Hugging Face config.json; it must not contradict them. Megatron
-    checkpoints without `args` need it, unless the shapes are those of the 345M release.
+    config: what the files can't tell, as a GPT2Config, a BertConfig or a Hugging Face config.json; it must not contradict them.
+    Megatron checkpoints without `args` need it, unless the shapes are those of a 345M release.
 
     Nothing is assembled yet: `Checkpoint.tensors` does that tensor by tensor. Raises CheckpointError for anything that is
-    damaged, incomplete, inconsistent, not a GPT-2, or not to be read safely.
+    damaged, incomplete, inconsistent, of another model, or not to be read safely.
     """
     path = Path(path)
     try:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..models.config import GPT2Config
+from ..models.config import ModelConfig
 from . import names
 from .errors import CheckpointError
 from .pieces import Piece, named_tensors, piece_of
@@ -26,7 +26,7 @@ Box = tuple[int, tuple[int, ...], tuple[int, ...]]  # rank, offset, size
 _NOTHING: tuple[str | None, str] = (None, "")  # what is told: the tensor that is wanted, or None at the end and what went wrong
 
 
-def write_together(models: Sequence[nn.Module], config: GPT2Config, mesh: DeviceMesh | None,
+def write_together(models: Sequence[nn.Module], config: ModelConfig, mesh: DeviceMesh | None,
                    write: Callable[[Checkpoint], None]) -> None:
     """Call write(checkpoint) on the first rank of the mesh, with tensors that are gathered when it asks for them.
 
@@ -67,7 +67,7 @@ def write_together(models: Sequence[nn.Module], config: GPT2Config, mesh: Device
             raise CheckpointError(f"rank {ranks.global_rank(0)}: {failure}")
 
 
-def check_complete(config: GPT2Config, found: object) -> None:
+def check_complete(config: ModelConfig, found: object) -> None:
     """Raise CheckpointError unless every parameter of the model is among the names found on all ranks."""
     for parameter in names.parameters(config):
         if parameter.canonical not in found:  # type: ignore[operator]

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.config import GPT2Config
-from . import names, shards
+from ..models.config import BertConfig, GPT2Config, ModelConfig
+from . import bert, names, shards
 from .errors import CheckpointError
 from .layout import Layout, find
 from .settings import combine, refuse_unsupported, truth
@@ -43,31 +43,41 @@ class Sources:
         return self.shards[0].tensor, f"{self.labels[0]}: {self.shards[0].key}"
 
 
-def load(path: Path, config: GPT2Config | str | Path | None = None) -> Checkpoint:
+def load(path: Path, config: ModelConfig | str | Path | None = None) -> Checkpoint:
     """Read a Megatron checkpoint of any version, key style and parallel layout; see `checkpoint.load`."""
     layout = find(path)
     parts = [shards.read(shard) for shard in layout.shards]
     first = parts[0]
-    refuse_unsupported(first.args or {}, first.label)
+    is_bert = names.is_bert(name for part in parts for chunk in part.chunks for name in chunk)
+    kind: type[ModelConfig] = BertConfig if is_bert else GPT2Config
+    refuse_unsupported(first.args or {}, first.label, bert.SUPPORTED_ARGS if is_bert else ())
     tensor, pipeline = shards.check_grid(parts, layout)
     shards.check_headers(parts)
-    sources = _number_layers(list(_stages(parts, tensor, pipeline)))
+    sources = _number_layers(list(_stages(parts, tensor, pipeline)), kind)
     head_copy, untied = _head(sources, first.args, pipeline)
     measured = _measure(sources, untied)
     _refuse_by_shape(sources, measured, tensor)
-    settings, notes = combine(measured, first.args, config, first.label, tensor)
+    settings: ModelConfig
+    if is_bert:
+        measured = bert.measure(measured, {name: source.first()[0] for name, source in sources.items()}, first.label)
+        settings, notes = bert.combine(measured, first.args, config, first.label, tensor)
+        sources = {names.of_encoder(name): source for name, source in sources.items()}
+    else:
+        settings, notes = combine(measured, first.args, config, first.label, tensor)
     if settings.num_attention_heads % tensor:
         raise CheckpointError(f"{layout.label}: {settings.num_attention_heads} heads cannot lie on {tensor} shards")
     entries = {parameter.canonical: _entry(parameter, sources[parameter.canonical], settings, first.version)
                for parameter in names.parameters(settings)}
     _check_copies(sources, settings, head_copy)
     return Checkpoint(settings, LazyTensors(entries), first.iteration, "megatron", path,
-                      _details(layout, first, tensor, pipeline), notes)
+                      _details(layout, first, tensor, pipeline, is_bert), notes)
 
 
-def _details(layout: Layout, part: Part, tensor: int, pipeline: int) -> dict[str, str]:
-    core = any(key.removeprefix("module.").startswith("decoder.") for key in (found.key for found in part.chunks[0].values()))
-    details = {"layout": f"{layout.kind}, {len(layout.shards)} file(s): {layout.label}",
+def _details(layout: Layout, part: Part, tensor: int, pipeline: int, is_bert: bool) -> dict[str, str]:
+    core = any(key.removeprefix("module.").startswith(("decoder.", "encoder."))
+               for key in (found.key for found in part.chunks[0].values()))
+    details = {"model": "BERT"} if is_bert else {}
+    details |= {"layout": f"{layout.kind}, {len(layout.shards)} file(s): {layout.label}",
                "checkpoint_version": f"{part.version:.1f}", "keys": "Megatron-core" if core else "Megatron-LM",
                "args": "no" if part.args is None else "yes", "tensor parallel": str(tensor), "pipeline parallel": str(pipeline)}
     return details | ({"virtual pipeline": str(len(part.chunks))} if len(part.chunks) > 1 else {})
@@ -84,7 +94,7 @@ def _stages(parts: list[Part], tensor: int, pipeline: int) -> Iterator[tuple[tup
             yield tuple((grid[t, rank].chunks[virtual], grid[t, rank].label) for t in range(tensor))
 
 
-def _number_layers(stages: list[tuple[tuple[Chunk, str], ...]]) -> dict[str, Sources]:
+def _number_layers(stages: list[tuple[tuple[Chunk, str], ...]], kind: type[ModelConfig]) -> dict[str, Sources]:
     """Canonical names, with the layers' numbers in the whole model -> their shards; complains about what is missing."""
     sources: dict[str, Sources] = {}
     offset = 0
@@ -94,7 +104,7 @@ def _number_layers(stages: list[tuple[tuple[Chunk, str], ...]]) -> dict[str, Sou
             for key, lacks, has in [*((chunk[name].key, other_label, label) for name in chunk.keys() - other.keys()),
                                     *((other[name].key, label, other_label) for name in other.keys() - chunk.keys())]:
                 raise CheckpointError(f"{lacks}: lacks {key}, which {has} has")
-        layers = _check_layers(chunk, label)
+        layers = _check_layers(chunk, label, kind)
         for name, located in chunk.items():
             layer = names.split_layer(name)
             whole = f"decoder.layers.{layer[0] + offset}.{layer[1]}" if layer else name
@@ -102,16 +112,17 @@ def _number_layers(stages: list[tuple[tuple[Chunk, str], ...]]) -> dict[str, Sou
                 raise CheckpointError(f"{label}: {located.key} is also in {sources[whole].labels[0]}")
             sources[whole] = Sources(tuple(part[name] for part, _ in stage), tuple(where for _, where in stage))
         offset += layers
-    for parameter in (names.WORD_EMBEDDINGS, names.POSITION_EMBEDDINGS, *names.FINAL_NORM):
+    at_the_end = [*names.FINAL_NORM, *(names.heads_of_bert(sources) if kind is BertConfig else ())]
+    for parameter in (names.WORD_EMBEDDINGS, names.POSITION_EMBEDDINGS, *at_the_end):
         if parameter.canonical not in sources:
-            where, stage = ("the last stage", stages[-1]) if parameter in names.FINAL_NORM else ("the first stage", stages[0])
-            raise CheckpointError(_missing(parameter, where, stage[0][1]))
+            where, stage = ("the last stage", stages[-1]) if parameter in at_the_end else ("the first stage", stages[0])
+            raise CheckpointError(_missing(parameter, where, stage[0][1], kind))
     if not offset:
         raise CheckpointError(f"{stages[0][0][1]}: no layers found")
     return sources
 
 
-def _check_layers(chunk: Chunk, label: str) -> int:
+def _check_layers(chunk: Chunk, label: str, kind: type[ModelConfig]) -> int:
     """The number of layers in a chunk, each of which must be complete."""
     numbers = {layer[0] for name in chunk if (layer := names.split_layer(name))}
     for number in range(max(numbers, default=-1) + 1):
@@ -119,7 +130,7 @@ def _check_layers(chunk: Chunk, label: str) -> int:
             raise CheckpointError(f"{label}: layer {number} is missing; found layers {', '.join(map(str, sorted(numbers)))}")
         for parameter in names.LAYER:
             if f"decoder.layers.{number}.{parameter.canonical}" not in chunk:
-                raise CheckpointError(_missing(parameter, f"layer {number}", label))
+                raise CheckpointError(_missing(parameter, f"layer {number}", label, kind))
     return len(numbers)
 
 
@@ -129,9 +140,9 @@ _HINTS = {"layernorm.bias": "RMSNorm has no bias and is not supported",
           "fc1.bias": "linear layers without biases are not supported"}
 
 
-def _missing(parameter: names.Parameter, where: str, label: str) -> str:
+def _missing(parameter: names.Parameter, where: str, label: str, kind: type[ModelConfig]) -> str:
     hint = next((f" ({text})" for end, text in _HINTS.items() if parameter.canonical.endswith(end)), "")
-    return f"{label}: {where} lacks {parameter.megatron}, expected in every GPT-2{hint}"
+    return f"{label}: {where} lacks {parameter.megatron}, expected in every {kind.model}{hint}"
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -188,7 +199,7 @@ def _refuse_by_shape(sources: dict[str, Sources], measured: dict[str, Any], tens
             raise CheckpointError(f"{label} has {seen} rows where {rows} are expected: {feature} is not supported")
 
 
-def _entry(parameter: names.Parameter, source: Sources, config: GPT2Config, version: float) -> Entry:
+def _entry(parameter: names.Parameter, source: Sources, config: ModelConfig, version: float) -> Entry:
     """The lazily merged tensor of one parameter; raises CheckpointError for shards of the wrong shape or dtype."""
     expected = parameter.shape(config, len(source.shards))
     dtype = source.shards[0].tensor.dtype
@@ -202,7 +213,7 @@ def _entry(parameter: names.Parameter, source: Sources, config: GPT2Config, vers
     return Entry(parameter.shape(config), dtype, read, source.shards[0].key, parameter.split or 0)
 
 
-def _merge(shards: list[Tensor], parameter: names.Parameter, config: GPT2Config, version: float, start: int, stop: int) -> Tensor:
+def _merge(shards: list[Tensor], parameter: names.Parameter, config: ModelConfig, version: float, start: int, stop: int) -> Tensor:
     """[start, stop) of the whole along the dimension that is split; shards without a part in it are not touched."""
     if parameter.split is None:
         return shards[0].narrow(0, start, stop - start).contiguous()
@@ -226,7 +237,7 @@ def _by_head(qkv: Tensor, heads: int, version: float) -> Tensor:
     return qkv.unflatten(0, (heads, -1, 3)).transpose(1, 2)
 
 
-def _check_copies(sources: dict[str, Sources], config: GPT2Config, head_copy: Sources | None) -> None:
+def _check_copies(sources: dict[str, Sources], config: ModelConfig, head_copy: Sources | None) -> None:
     """What several shards hold must be the same in all of them, and what they split must not be."""
     for parameter in names.parameters(config):
         source = sources[parameter.canonical]
@@ -235,7 +246,7 @@ def _check_copies(sources: dict[str, Sources], config: GPT2Config, head_copy: So
                 if not same_bits(located.tensor, source.shards[0].tensor):
                     raise CheckpointError(f"{label}: a shard of another run: {located.key} differs from {source.labels[0]}, "
                                           "expected equal")
-    qkv = sources[_QKV]
+    qkv = sources[next(parameter.canonical for parameter in names.parameters(config) if parameter.is_qkv)]
     for i, one in enumerate(qkv.shards):
         for other, label in zip(qkv.shards[:i], qkv.labels, strict=False):
             if same_bits(one.tensor, other.tensor) and one.tensor.unique().numel() > 1:

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..models.config import GPT2Config
-from . import names
+from ..models.config import BertConfig, ModelConfig
+from . import bert, names
 from .atomic import atomic_directory
 from .errors import CheckpointError
 from .layout import MODEL_FILES, TRACKER
@@ -27,6 +27,7 @@ from .reading import first_line
 from .safetensors_file import write_tensor
 from .tensors import Checkpoint
 from .tokenizer import Tokenizer
+from .wordpiece import WordPiece, check_tokenizer
 
 _VOCAB_DIVISIBLE_BY = 128
 _ALIGNMENT = 64
@@ -39,14 +40,14 @@ def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
 
 
 def _pad_vocab(table: Tensor, vocab_size: int, rows: int) -> Tensor:
-    """`table` with `rows` rows: padding it already has is kept, new rows repeat the last class.
+    """`table` (or the bias beside it) with `rows` rows: padding it already has is kept, new rows repeat the last class.
 
     Zeros would not do: logits of the classes are often far below zero, and a row of zeros would outrank them all.
     """
     kept = table[:rows]
     if kept.shape[0] == rows:
         return kept
-    return torch.cat([kept, table[vocab_size - 1:vocab_size].expand(rows - kept.shape[0], -1)])
+    return torch.cat([kept, table[vocab_size - 1:vocab_size].expand(rows - kept.shape[0], *table.shape[1:])])
 
 
 class _Scratch:
@@ -87,12 +88,12 @@ def _scratches(root: Path, count: int) -> Iterator[list[_Scratch]]:
                 scratch.remove()
 
 
-def megatron_args(config: GPT2Config, dtype: torch.dtype, tensor_parallel: int, pipeline_parallel: int, rank: int,
+def megatron_args(config: ModelConfig, dtype: torch.dtype, tensor_parallel: int, pipeline_parallel: int, rank: int,
                   iteration: int) -> argparse.Namespace:
     """The command line that Megatron-LM would have saved: what it, and converters of its checkpoints, read back."""
     tanh = config.gelu_approximate == "tanh"
     heads = config.num_attention_heads
-    return argparse.Namespace(
+    args = argparse.Namespace(
         num_layers=config.num_layers, encoder_num_layers=config.num_layers, hidden_size=config.hidden_size,
         ffn_hidden_size=config.ffn_hidden_size, num_attention_heads=heads, kv_channels=config.hidden_size // heads,
         group_query_attention=False, num_query_groups=1, seq_length=config.max_position_embeddings,
@@ -110,21 +111,34 @@ def megatron_args(config: GPT2Config, dtype: torch.dtype, tensor_parallel: int, 
         fp16=dtype is torch.float16, bf16=dtype is torch.bfloat16, tensor_model_parallel_size=tensor_parallel,
         pipeline_model_parallel_size=pipeline_parallel, virtual_pipeline_model_parallel_size=None, data_parallel_size=1,
         world_size=tensor_parallel * pipeline_parallel, rank=rank, iteration=iteration, consumed_train_samples=0,
-        consumed_valid_samples=0, bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
+        consumed_valid_samples=0)
+    if isinstance(config, BertConfig):
+        vars(args).update(bert.megatron_args(config))
+    else:
+        vars(args).update(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
+    return args
 
 
-def _stage(config: GPT2Config, rank: int, size: int) -> Iterator[tuple[names.Parameter, str]]:
+def _stage(config: ModelConfig, rank: int, size: int) -> Iterator[tuple[names.Parameter, str]]:
     """The parameters of a pipeline stage, and their keys in the file: path and, below `encoder`, a flat key."""
     layers = config.num_layers // size
+    is_bert = isinstance(config, BertConfig)
     if rank == 0:
         yield names.WORD_EMBEDDINGS, "language_model/embedding/word_embeddings/weight"
         yield names.POSITION_EMBEDDINGS, "language_model/embedding/position_embeddings/weight"
+        if config.num_tokentypes:
+            yield names.TOKENTYPE_EMBEDDINGS, "language_model/embedding/tokentype_embeddings/weight"
     for local in range(layers):
         for row in names.LAYER:
-            yield row.of_layer(rank * layers + local), f"language_model/encoder/layers.{local}.{row.megatron}"
+            yield (row.of_layer(rank * layers + local, "encoder" if is_bert else "decoder"),
+                   f"language_model/encoder/layers.{local}.{row.megatron}")
     if rank == size - 1:
-        for parameter in names.FINAL_NORM:
+        for parameter in names.final_norm(config):
             yield parameter, f"language_model/encoder/{parameter.megatron}"
+        if isinstance(config, BertConfig):
+            for parameter in names.LM_HEAD + (names.BINARY_HEAD if config.add_binary_head else ()):
+                module, rest = parameter.megatron.split(".", 1)
+                yield parameter, f"{'language_model/' if module == 'pooler' else ''}{module}/{rest}"
         if config.untie_embeddings_and_output_weights:
             yield names.OUTPUT_LAYER, "language_model/output_layer/weight"
         elif size > 1:
@@ -147,8 +161,9 @@ def _nest(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def save_megatron(checkpoint: Checkpoint, directory: str | os.PathLike[str], *, tensor_parallel: int = 1,
-                  pipeline_parallel: int = 1, dtype: torch.dtype | None = None, tokenizer: Tokenizer | None = None,
-                  force: bool = False, track: Callable[[list[Any]], Iterable[Any]] = iter) -> None:
+                  pipeline_parallel: int = 1, dtype: torch.dtype | None = None,
+                  tokenizer: Tokenizer | WordPiece | None = None, force: bool = False,
+                  track: Callable[[list[Any]], Iterable[Any]] = iter) -> None:
     """Write directory/release/mp_rank_TT[_PPP]/model_optim_rng.pt and the tracker file, atomically.
 
     dtype None keeps each tensor's own. The vocabulary is padded to a multiple of 128 x tensor_parallel. tensor_parallel must
@@ -158,8 +173,7 @@ def save_megatron(checkpoint: Checkpoint, directory: str | os.PathLike[str], *, 
     """
     config = checkpoint.config
     names.check_parallel(config, tensor_parallel, pipeline_parallel)
-    if tokenizer is not None:
-        tokenizer.check(config.vocab_size)
+    check_tokenizer(tokenizer, config)
     rows = padded_vocab_size(config.vocab_size, tensor_parallel)
     with atomic_directory(directory, force=force, source=checkpoint.source) as root:
         for stage in range(pipeline_parallel):

@@ -3,16 +3,17 @@
 The canonical names are Megatron-core's (local layer spec). The table also says how tensor parallelism cuts a parameter:
 column-parallel layers along dimension 0, row-parallel ones along dimension 1 (their bias is replicated), the vocabulary
 along 0.
-Hugging Face's GPT-2 stores its matrices as Conv1D, [in, out]: the transpose of Megatron's [out, in].
+Hugging Face's GPT-2 stores its matrices as Conv1D, [in, out]: the transpose of Megatron's [out, in]. Its BERTs' names, which
+depend on the ordering of layer norm and residual, are in `bert.py`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, replace
 
-from ..models.config import GPT2Config
+from ..models.config import BertConfig, ModelConfig
 from .errors import CheckpointError
 
 
@@ -31,23 +32,24 @@ class Parameter:
     def is_qkv(self) -> bool:
         return ".linear_qkv." in self.canonical
 
-    def shape(self, config: GPT2Config, tensor_parallel: int = 1) -> tuple[int, ...]:
+    def shape(self, config: ModelConfig, tensor_parallel: int = 1) -> tuple[int, ...]:
         """Shape of one of `tensor_parallel` shards (of the whole, by default)."""
         whole = [sizes(config)[symbol] for symbol in self.symbols]
         if self.split is not None:
             whole[self.split] //= tensor_parallel
         return tuple(whole)
 
-    def of_layer(self, layer: int) -> Parameter:
-        """This row of the per-layer table as the parameter of layer `layer`, counted from 0."""
-        return Parameter(f"decoder.layers.{layer}.{self.canonical}", f"layers.{layer}.{self.megatron}",
+    def of_layer(self, layer: int, stack: str = "decoder") -> Parameter:
+        """This row of the per-layer table as the parameter of layer `layer`, counted from 0; a BERT's stack is its encoder."""
+        return Parameter(f"{stack}.layers.{layer}.{self.canonical}", f"layers.{layer}.{self.megatron}",
                          f"h.{layer}.{self.huggingface}", self.symbols, self.split, self.conv1d)
 
 
-def sizes(config: GPT2Config) -> dict[str, int]:
-    """What the symbols of the table stand for: v rows of the vocabulary, p positions, h hidden, 3h, f feed-forward."""
+def sizes(config: ModelConfig) -> dict[str, int]:
+    """What the symbols of the table stand for: v rows of the vocabulary, p positions, t token types, h hidden, 3h,
+    f feed-forward, and 2 for the next-sentence head's classes."""
     return {"v": config.padded_vocab_size or config.vocab_size, "p": config.max_position_embeddings, "h": config.hidden_size,
-            "3h": 3 * config.hidden_size, "f": config.ffn_hidden_size or 4 * config.hidden_size}
+            "3h": 3 * config.hidden_size, "f": config.ffn_hidden_size or 4 * config.hidden_size, "t": config.num_tokentypes, "2": 2}
 
 
 # canonical module, Megatron-LM's, Hugging Face's, shape of the weight, split of the weight, split of the bias
@@ -72,15 +74,70 @@ FINAL_NORM = tuple(Parameter(f"decoder.final_layernorm.{kind}", f"final_layernor
 OUTPUT_LAYER = Parameter("output_layer.weight", "output_layer.weight", "lm_head.weight", ("v", "h"), 0)
 HEAD_COPY = "word_embeddings_for_head.weight"  # the tied head's copy of the word embeddings on the last pipeline stage
 
+TOKENTYPE_EMBEDDINGS = Parameter("embedding.tokentype_embeddings.weight", "tokentype_embeddings.weight",
+                                 "bert.embeddings.token_type_embeddings.weight", ("t", "h"))
+LM_HEAD = (
+    Parameter("lm_head.dense.weight", "lm_head.dense.weight", "cls.predictions.transform.dense.weight", ("h", "h")),
+    Parameter("lm_head.dense.bias", "lm_head.dense.bias", "cls.predictions.transform.dense.bias", ("h",)),
+    Parameter("lm_head.layer_norm.weight", "lm_head.layernorm.weight", "cls.predictions.transform.LayerNorm.weight", ("h",)),
+    Parameter("lm_head.layer_norm.bias", "lm_head.layernorm.bias", "cls.predictions.transform.LayerNorm.bias", ("h",)),
+    Parameter("output_layer.bias", "lm_head.bias", "cls.predictions.bias", ("v",), 0))
+BINARY_HEAD = (
+    Parameter("pooler.dense.weight", "pooler.dense.weight", "bert.pooler.dense.weight", ("h", "h")),
+    Parameter("pooler.dense.bias", "pooler.dense.bias", "bert.pooler.dense.bias", ("h",)),
+    Parameter("binary_head.weight", "binary_head.weight", "cls.seq_relationship.weight", ("2", "h")),
+    Parameter("binary_head.bias", "binary_head.bias", "cls.seq_relationship.bias", ("2",)))
+_ONLY_IN_BERT = (TOKENTYPE_EMBEDDINGS, *LM_HEAD, *BINARY_HEAD)
 
-def parameters(config: GPT2Config) -> Iterator[Parameter]:
+
+def is_bert(canonical: Iterable[str]) -> bool:
+    """Whether there are names among these that a BERT has and a GPT-2 hasn't."""
+    return not {parameter.canonical for parameter in _ONLY_IN_BERT}.isdisjoint(canonical)
+
+
+def heads_of_bert(found: Container[str]) -> tuple[Parameter, ...]:
+    """What the last stage of a BERT with these names must have: the masked-LM head, and all of the next-sentence head or
+    nothing of it."""
+    return LM_HEAD + (BINARY_HEAD if any(parameter.canonical in found for parameter in BINARY_HEAD) else ())
+
+
+def bert_parameters(config: BertConfig) -> Iterator[Parameter]:
+    """Every parameter of a BERT, in the order of the forward pass."""
+    yield WORD_EMBEDDINGS
+    yield POSITION_EMBEDDINGS
+    if config.num_tokentypes:
+        yield TOKENTYPE_EMBEDDINGS
+    for layer in range(config.num_layers):
+        for parameter in LAYER:
+            yield parameter.of_layer(layer, "encoder")
+    yield from final_norm(config)
+    yield from LM_HEAD
+    if config.add_binary_head:
+        yield from BINARY_HEAD
+
+
+def final_norm(config: ModelConfig) -> Iterator[Parameter]:
+    """Weight and bias of the norm after the last layer."""
+    for parameter in FINAL_NORM:
+        yield replace(parameter, canonical=of_encoder(parameter.canonical)) if isinstance(config, BertConfig) else parameter
+
+
+def of_encoder(canonical: str) -> str:
+    """The name in a BERT of what the reader, which doesn't know yet what it reads, has as a part of the decoder."""
+    return f"encoder.{canonical.removeprefix('decoder.')}" if canonical.startswith("decoder.") else canonical
+
+
+def parameters(config: ModelConfig) -> Iterator[Parameter]:
     """Every parameter of the model, in the order of the forward pass."""
+    if isinstance(config, BertConfig):
+        yield from bert_parameters(config)
+        return
     yield WORD_EMBEDDINGS
     yield POSITION_EMBEDDINGS
     for layer in range(config.num_layers):
         for parameter in LAYER:
             yield parameter.of_layer(layer)
-    yield from FINAL_NORM
+    yield from final_norm(config)
     if config.untie_embeddings_and_output_weights:
         yield OUTPUT_LAYER
 
@@ -116,6 +173,9 @@ _OUTER_KEYS = {
     HEAD_COPY: HEAD_COPY,
     **{p.megatron: p.canonical for p in FINAL_NORM},
     **{p.megatron.replace("final_layernorm", "final_norm"): p.canonical for p in FINAL_NORM},
+    **{p.megatron: p.canonical for p in _ONLY_IN_BERT},
+    **{p.megatron.replace("layernorm", "norm"): p.canonical for p in LM_HEAD if "layernorm" in p.megatron},
+    **{p.canonical: p.canonical for p in LM_HEAD},
 }
 _WRAPPERS = re.compile(r"(?:(?:module|model|language_model|embedding|transformer|encoder|decoder)\.)*")
 _LAYER_KEY = re.compile(r"layers\.(\d+)\.(.+)")
@@ -123,7 +183,7 @@ _LAYER_KEY = re.compile(r"layers\.(\d+)\.(.+)")
 _REFUSED = (
     (r"rotary|inv_freq", "rotary position embeddings"),
     (r"experts|router|\.gate\.", "a mixture of experts"),
-    (r"tokentype_embeddings|pooler|binary_head|lm_head", "a BERT (token types, pooler or a BERT head)"),
+    (r"classification_head|multichoice_head", "a classifier made of a BERT"),
     (r"inter_attention|inter_layernorm|cross_attention|cross_attn", "an encoder-decoder (cross attention)"),
     (r"attention\.(query|key_value|q_proj|k_proj|v_proj|linear_q|linear_kv|linear_q_\w+|linear_kv_\w+)\.",
      "multi-query, grouped-query or latent attention (separate query and key-value projections)"),
@@ -133,7 +193,7 @@ _REFUSED = (
 
 
 def refused_feature(key: str) -> str | None:
-    """What a Megatron key belongs to when it is no part of a GPT-2, in words; None when the key is simply unknown."""
+    """What a Megatron key belongs to when it is no part of a model that is read, in words; None when it is simply unknown."""
     return next((feature for pattern, feature in _REFUSED if re.search(pattern, key)), None)
 
 
@@ -175,7 +235,7 @@ def huggingface_key(parameter: Parameter) -> str:
     return parameter.huggingface if parameter is OUTPUT_LAYER else f"transformer.{parameter.huggingface}"
 
 
-def check_parallel(config: GPT2Config, tensor_parallel: int, pipeline_parallel: int) -> None:
+def check_parallel(config: ModelConfig, tensor_parallel: int, pipeline_parallel: int) -> None:
     """Raise CheckpointError unless the model can be cut into `tensor_parallel` x `pipeline_parallel` shards."""
     for name, size in (("tensor_parallel", tensor_parallel), ("pipeline_parallel", pipeline_parallel)):
         if size < 1:

@@ -8,11 +8,12 @@ by name.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..models.config import GPT2Config
+from ..models.config import GPT2Config, ModelConfig
 from .errors import CheckpointError, MissingConfigurationError
 
 # Hugging Face's name -> ours
@@ -77,10 +78,11 @@ _REFUSED_ARGS: tuple[tuple[str, Any, str], ...] = (
 )
 
 
-def refuse_unsupported(args: dict[str, Any], label: str) -> None:
-    """Raise CheckpointError naming the first attribute of `args` that asks for something a GPT-2 isn't."""
+def refuse_unsupported(args: dict[str, Any], label: str, supported: Collection[str] = ()) -> None:
+    """Raise CheckpointError naming the first attribute of `args` that asks for something the model isn't; `supported` are the
+    attributes that it takes nevertheless."""
     for name, refused, feature in _REFUSED_ARGS:
-        if name in args and refused(args[name]):
+        if name in args and name not in supported and refused(args[name]):
             raise CheckpointError(f"{label}: args.{name} = {args[name]!r} asks for {feature}, which is not supported")
     heads, groups = args.get("num_attention_heads"), args.get("num_query_groups")
     if truth(args.get("group_query_attention")) and groups != heads:
@@ -94,13 +96,13 @@ def gelu_of_args(args: dict[str, Any]) -> str | None:
     return None if not flags else "tanh" if any(map(truth, flags)) else "none"
 
 
-def gelu_of_huggingface(name: str, label: str) -> str:
+def gelu_of_huggingface(name: str, label: str, field: str = "activation_function") -> str:
     """Our `gelu_approximate` for a Hugging Face activation; raises CheckpointError for anything but a GELU."""
     if name in _TANH_GELU:
         return "tanh"
     if name in _ERF_GELU:
         return "none"
-    raise CheckpointError(f"{label}: activation_function {name!r} is not supported; expected one of "
+    raise CheckpointError(f"{label}: {field} {name!r} is not supported; expected one of "
                           f"{', '.join((*_TANH_GELU, *_ERF_GELU))}")
 
 
@@ -117,6 +119,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def fields_of(content: dict[str, Any], names: dict[str, str], label: str) -> dict[str, Any]:
+    """The numbers of a config.json under our names; raises CheckpointError for values of the wrong type. `names` maps Hugging
+    Face's to ours."""
+    known: dict[str, Any] = {}
+    for hf, ours in names.items():
+        value = content.get(hf)
+        if value is None:
+            continue
+        if isinstance(value, list) and hf.endswith("token_id") and value:
+            value = value[0]
+        kind = float if ours.endswith(("dropout", "epsilon", "std")) else int
+        if isinstance(value, bool) or not isinstance(value, (int, kind)):
+            raise CheckpointError(f"{label}: {hf} must be of type {kind.__name__}, got {value!r}")
+        known[ours] = kind(value)
+    return known
+
+
 def known_by_huggingface(content: dict[str, Any], label: str) -> dict[str, Any]:
     """What a Hugging Face config.json states, under our names; what it leaves out is left out.
 
@@ -128,18 +147,8 @@ def known_by_huggingface(content: dict[str, Any], label: str) -> dict[str, Any]:
                        ("pruned_heads", {}), ("quantization_config", None)):
         if (value := content.get(name, fine)) not in (fine, None):
             raise CheckpointError(f"{label}: {name} = {value!r} is not supported; expected {fine!r}")
-    known: dict[str, Any] = {}
     aliases = {alias: _HF_FIELDS[name] for alias, name in _HF_ALIASES.items() if name not in content}
-    for hf, ours in (_HF_FIELDS | aliases).items():
-        value = content.get(hf)
-        if value is None:
-            continue
-        if isinstance(value, list) and hf.endswith("token_id") and value:
-            value = value[0]
-        kind = float if ours.endswith(("dropout", "epsilon", "std")) else int
-        if isinstance(value, bool) or not isinstance(value, (int, kind)):
-            raise CheckpointError(f"{label}: {hf} must be of type {kind.__name__}, got {value!r}")
-        known[ours] = kind(value)
+    known = fields_of(content, _HF_FIELDS | aliases, label)
     if "activation_function" in content:
         known["gelu_approximate"] = gelu_of_huggingface(content["activation_function"], label)
     if "tie_word_embeddings" in content:
@@ -147,16 +156,23 @@ def known_by_huggingface(content: dict[str, Any], label: str) -> dict[str, Any]:
     return known
 
 
-def known_by_user(config: GPT2Config | str | Path | None) -> tuple[dict[str, Any], str]:
-    """What the user's configuration states, under our names, and how to call it in messages."""
+def known_by_user(config: ModelConfig | str | Path | None, kind: type[ModelConfig] = GPT2Config,
+                  by_huggingface: Callable[[dict[str, Any], str], dict[str, Any]] = known_by_huggingface,
+                  ) -> tuple[dict[str, Any], str]:
+    """What the user's configuration states, under our names, and how to call it in messages.
+
+    A checkpoint of that kind is to be read; `by_huggingface` knows its config.json."""
     if config is None:
         return {}, "config"
-    if isinstance(config, GPT2Config):
+    if isinstance(config, ModelConfig):
+        if not isinstance(config, kind):
+            raise CheckpointError(f"config is a {type(config).__name__}, but the checkpoint is a {kind.model}: expected a "
+                                  f"{kind.__name__}")
         known = {name: value for name, value in asdict(config).items() if value is not None}
         if config.padded_vocab_size == config.vocab_size:
             known.pop("padded_vocab_size")  # its default, which says nothing about the table
         return known, "config"
-    return known_by_huggingface(read_json(Path(config)), str(config)), str(config)
+    return by_huggingface(read_json(Path(config)), str(config)), str(config)
 
 
 def known_by_args(args: dict[str, Any], label: str) -> dict[str, Any]:
@@ -193,16 +209,14 @@ def _is_345m(measured: dict[str, Any], tensor_parallel: int) -> bool:
             and measured["padded_vocab_size"] == -(-_VOCAB_345M // step) * step)
 
 
-def combine(measured: dict[str, Any], args: dict[str, Any] | None, config: GPT2Config | str | Path | None, label: str,
-            tensor_parallel: int) -> tuple[GPT2Config, tuple[str, ...]]:
-    """The configuration of a Megatron checkpoint, and notes for the user.
+Known = dict[str, tuple[Any, str]]  # field of a configuration -> its value, and who says so
 
-    measured: what the tensors tell (layers, sizes, padded_vocab_size, untie_embeddings_and_output_weights). Sources later in
-    the order tensors, args, config fill what is still open; a contradiction raises CheckpointError with both values.
-    """
-    known = {name: (value, "the tensors") for name, value in measured.items()}
-    user, user_label = known_by_user(config)
-    stated = [(known_by_args(args, label), f"args in {label}")] if args is not None else []
+
+def merge(measured: dict[str, Any], args: dict[str, Any] | None, user: dict[str, Any], user_label: str, label: str) -> Known:
+    """What tensors, args and the user's configuration state together. Sources later in that order fill what is still open; a
+    contradiction raises CheckpointError with both values, except about dropouts and the like, where the user decides."""
+    known: Known = {name: (value, "the tensors") for name, value in measured.items()}
+    stated = [(args, f"args in {label}")] if args is not None else []
     dropouts = ("hidden_dropout", "embedding_dropout", "attention_dropout", "init_method_std", "attention")
     for facts, source in [*stated, (user, user_label)]:
         for name, value in facts.items():
@@ -212,6 +226,18 @@ def combine(measured: dict[str, Any], args: dict[str, Any] | None, config: GPT2C
                 said, where = known[name]
                 raise CheckpointError(f"{source} say {name} = {value!r}, but {where}{'' if label in where else f' in {label}'} "
                                       f"say {said!r}")
+    return known
+
+
+def combine(measured: dict[str, Any], args: dict[str, Any] | None, config: ModelConfig | str | Path | None, label: str,
+            tensor_parallel: int) -> tuple[GPT2Config, tuple[str, ...]]:
+    """The configuration of a Megatron GPT-2, and notes for the user.
+
+    measured: what the tensors tell (layers, sizes, padded_vocab_size, untie_embeddings_and_output_weights). Raises
+    CheckpointError where that, args and config contradict each other, and MissingConfigurationError where they leave it open.
+    """
+    user, user_label = known_by_user(config)
+    known = merge(measured, None if args is None else known_by_args(args, label), user, user_label, label)
     values = {name: value for name, (value, _) in known.items()}
     notes: list[str] = []
     if args is None:
@@ -224,7 +250,7 @@ def combine(measured: dict[str, Any], args: dict[str, Any] | None, config: GPT2C
         missing = [hf for hf in ("n_head", "vocab_size") if _HF_FIELDS[hf] not in values]
         if "num_attention_heads" not in values or (missing and config is None):
             raise MissingConfigurationError(
-                f"{label}: the checkpoint has no args, and its shapes ({_describe(measured)}) are not the 345M release's; give "
+                f"{label}: the checkpoint has no args, and its shapes ({describe(measured)}) are not the 345M release's; give "
                 f"{' and '.join(missing)} with a configuration file (--config FILE, a Hugging Face config.json; "
                 "activation_function there defaults to gelu_new)",
                 measured | {"num_attention_heads": tensor_parallel, "vocab_size": measured["padded_vocab_size"]})
@@ -232,6 +258,13 @@ def combine(measured: dict[str, Any], args: dict[str, Any] | None, config: GPT2C
     values.setdefault("gelu_approximate", "none")
     if "num_attention_heads" not in values:
         raise CheckpointError(f"{label}: args lack num_attention_heads; give n_head with a configuration file (--config FILE)")
+    notes += settle_vocabulary(values, known, label)
+    return make_config(values, label), tuple(notes)
+
+
+def settle_vocabulary(values: dict[str, Any], known: Known, label: str) -> list[str]:
+    """Give `values` a vocab_size where nobody said one, with a note about it; raises CheckpointError where it is too large."""
+    notes = []
     if "vocab_size" not in values:
         values["vocab_size"] = values["padded_vocab_size"]
         notes.append(f"the original vocabulary size is unknown: all {values['vocab_size']} rows are kept as classes; "
@@ -240,7 +273,7 @@ def combine(measured: dict[str, Any], args: dict[str, Any] | None, config: GPT2C
         source = known["vocab_size"][1] if "vocab_size" in known else "the 345M release"
         raise CheckpointError(f"{source} says vocab_size = {values['vocab_size']}, but the word embeddings in {label} have "
                               f"only {values['padded_vocab_size']} rows")
-    return make_config(values, label), tuple(notes)
+    return notes
 
 
 def make_config(values: dict[str, Any], label: str) -> GPT2Config:
@@ -265,5 +298,6 @@ def to_huggingface(config: GPT2Config, vocab_size: int) -> dict[str, Any]:
             "add_cross_attention": False, "use_cache": True}
 
 
-def _describe(measured: dict[str, Any]) -> str:
+def describe(measured: dict[str, Any]) -> str:
+    """The sizes that the tensors tell, in words."""
     return ", ".join(f"{name} {measured[name]}" for name in (*_SIZES, "padded_vocab_size"))

@@ -17,7 +17,8 @@ VERSIONS = (0.0, 1.0, 2.0, 3.0)
 _SAME_IN_ALL_SHARDS = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "max_position_embeddings",
                        "padded_vocab_size", "layernorm_epsilon", "norm_epsilon", "bias_gelu_fusion", "openai_gelu", "seed",
                        "tensor_model_parallel_size", "model_parallel_size", "pipeline_model_parallel_size",
-                       "virtual_pipeline_model_parallel_size", "untie_embeddings_and_output_weights")
+                       "virtual_pipeline_model_parallel_size", "untie_embeddings_and_output_weights",
+                       "apply_residual_connection_post_layernorm")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Part:
 
 
 def read(shard: Shard) -> Part:
-    """Read one shard; raises CheckpointError for a file that is no Megatron checkpoint, or holds more than a GPT-2."""
+    """Read one shard; raises CheckpointError for a file that is no Megatron checkpoint, or holds more than a model that is read."""
     content = shard.read()
     if not isinstance(content, dict):
         raise CheckpointError(f"{shard.label}: expected a dictionary with 'model', got {type(content).__name__}")
@@ -96,7 +97,7 @@ def _chunk(model: dict[Any, Any], label: str) -> Chunk:
         try:
             canonical = names.from_megatron(key)
         except KeyError:
-            raise CheckpointError(f"{label}: unknown key {key}; expected the parameters of a GPT-2") from None
+            raise CheckpointError(f"{label}: unknown key {key}; expected the parameters of a GPT-2 or a BERT") from None
         if canonical is None:
             continue
         if not isinstance(value, Tensor):

