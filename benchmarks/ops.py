@@ -43,8 +43,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     how.add_argument("--implementation", help="ours: cpu, cuda, triton or reference; default the device's name")
     how.add_argument("--threads", type=positive, default=harness.processors(),
                      help="on a CPU; default: the processors this process may use")
-    how.add_argument("--allocator", choices=["both", "reusing", "default"], default="both",
-                     help="on a CPU: glibc keeping freed blocks, as it ships, or a table for each (default)")
+    how.add_argument("--allocator", choices=["both", "reusing", "default"],
+                     help="on a CPU: glibc keeping freed blocks (the default with --quick), as it ships, or a table for each "
+                          "(otherwise)")
     how.add_argument("--sittings", type=positive, help="of each row, spread over the run; default 2 on a CPU, 1 on a GPU")
     how.add_argument("--rounds", type=positive, help="at least, in a sitting")
     how.add_argument("--seconds", type=float, help="at least, in a sitting")
@@ -82,17 +83,17 @@ def defaults(kind: str, quick: bool) -> dict[str, object]:
     common = {"columns": size.columns, "vocabulary": size.vocabulary, "peers": peers.by_default(kind), "implementation": kind}
     if kind == "cpu":
         return common | {"dtypes": ["fp32", "bf16"], "shapes": ["main"] if quick else list(shapes.SETS), "sittings": 2,
-                         "rounds": 4 if quick else 8, "seconds": 0.1 if quick else 0.4, "minutes": 10.0 if quick else 30.0}
+                         "allocator": "reusing" if quick else "both", "rounds": 5 if quick else 8, "seconds": 0.1 if quick else 0.4, "minutes": 10.0 if quick else 30.0}
     return common | {"dtypes": ["bf16"] if quick else ["bf16", "fp32", "fp16"], "shapes": list(shapes.SETS), "sittings": 1,
                      "rounds": 7 if quick else 20, "seconds": 0.1 if quick else 0.2, "minutes": 1.5 if quick else 9.0}
 
 
-def with_default_allocator(argv: Sequence[str], quick: bool) -> Results:
-    """The main shapes once more, in a child process whose allocator is as glibc ships it: one sitting, if quick beside eager."""
+def with_default_allocator(argv: Sequence[str]) -> Results:
+    """The main shapes once more, in one sitting of a child process whose allocator is as glibc ships it."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "results.json"
         command = [sys.executable, "-m", "benchmarks.ops", *without_outputs(argv), "--allocator", "default", "--shapes", "main",
-                   "--sittings", "1", *(["--peers", "eager"] if quick else []), "--json", str(file)]
+                   "--sittings", "1", "--json", str(file)]
         subprocess.run(command, env=harness.allocator_environment(reusing=False), cwd=harness.ROOT, stdout=subprocess.DEVNULL)
         if not file.exists():
             raise ValueError("the run with the default allocator ended without results")
@@ -165,7 +166,7 @@ def measured(args: argparse.Namespace, argv: Sequence[str], on: device.Device | 
             rows.write_json(args.json, found)
 
     found = measure.run(list(shapes.entries(args)), args, on, so_far)
-    return found.followed_by(with_default_allocator(argv, args.quick)) if both else found
+    return found.followed_by(with_default_allocator(argv)) if both else found
 
 
 if __name__ == "__main__":
