@@ -22,12 +22,13 @@ from . import harness, peers, report
 from .cases import DTYPES, Made, Truth, prepare, with_gradients
 from .device import Device
 from .harness import Contestant, Timing
-from .rows import BESIDE, Results, Row
+from .rows import BESIDE, BUSY, Results, Row
 from .shapes import Entry
 
 PIECE = {"cpu": 2**20, "cuda": 2**24}  # elements that the check has in float64 at a time
 SETTLED = 0.03  # of its median: a sitting goes on for up to PATIENCE times its seconds while an interval is wider
 PATIENCE = 2.0
+AGAIN = 2  # times that a sitting is repeated while others take more than BUSY of the processors; the quietest counts
 
 
 @dataclass
@@ -155,10 +156,16 @@ class Job:
             if self.entry.kind == "cpu" and self.entry.group == "main" and not self.args.quick:
                 running.append(self._in_cache(mode))
                 found.factors["in cache"] = math.prod(self.entry.case.shape) / math.prod(self.entry.case.piece)
-            clock, others = self.device.clock(), self.device.others()
-            samples = harness.sample(running, seconds=self.args.seconds, min_rounds=self.args.rounds, warmup=1, clock=clock,
-                                     settled=SETTLED, patience=PATIENCE)
-        share = others()
+            clock, share, samples = self.device.clock(), math.inf, {}
+            for _ in range(1 + AGAIN):
+                others = self.device.others()
+                taken = harness.sample(running, seconds=self.args.seconds, min_rounds=self.args.rounds, warmup=1, clock=clock,
+                                       settled=SETTLED, patience=PATIENCE)
+                theirs = others()
+                if theirs is None or theirs < share:
+                    share, samples = theirs, taken
+                if share is None or share <= BUSY:
+                    break
         found.others = share if found.others is None or share is None else max(found.others, share)
         found.late |= dict.fromkeys(contestant.name for contestant in running if contestant.step in clock.late)
         for name, milliseconds in samples.items():

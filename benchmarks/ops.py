@@ -83,7 +83,8 @@ def defaults(kind: str, quick: bool) -> dict[str, object]:
     common = {"columns": size.columns, "vocabulary": size.vocabulary, "peers": peers.by_default(kind), "implementation": kind}
     if kind == "cpu":
         return common | {"dtypes": ["fp32", "bf16"], "shapes": ["main"] if quick else list(shapes.SETS), "sittings": 2,
-                         "allocator": "reusing" if quick else "both", "rounds": 5 if quick else 8, "seconds": 0.1 if quick else 0.4, "minutes": 10.0 if quick else 30.0}
+                         "allocator": "reusing" if quick else "both", "rounds": 5 if quick else 8,
+                         "seconds": 0.1 if quick else 0.4, "minutes": 10.0 if quick else 30.0}
     return common | {"dtypes": ["bf16"] if quick else ["bf16", "fp32", "fp16"], "shapes": list(shapes.SETS), "sittings": 1,
                      "rounds": 7 if quick else 20, "seconds": 0.1 if quick else 0.2, "minutes": 1.5 if quick else 9.0}
 

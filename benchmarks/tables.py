@@ -108,7 +108,8 @@ def sweep_table(rows: Sequence[Row], unit: str, with_published: bool = False) ->
 
         def figures(name: str, here: list[Row | None] = here) -> list[str]:
             def figure(row: Row) -> str:
-                return number(row.gigabytes_per_second(name) if unit == "GB/s" else row.timings[name].median)
+                value = number(row.gigabytes_per_second(name) if unit == "GB/s" else row.timings[name].median)
+                return f"~{value}" if name in row.noisy else value
             return [figure(row) + ("*" if name in row.inexact else "") if row and name in row.timings else
                     "wrong" if row and row.failure else "-" for row in here]
 
@@ -176,17 +177,19 @@ def inexact(rows: Sequence[Row]) -> list[str]:
             for name, those in together.items()]
 
 
-def noise(rows: Sequence[Row]) -> list[str]:
-    """Which rows are too noisy, and how many samples are outliers."""
-    noisy = [row for row in rows if row.noisy]
+def noise(rows: Sequence[Row], most: int = 12) -> list[str]:
+    """Which rows are too noisy, the widest alone where they are many, and how many samples are outliers."""
     said = []
-    if noisy:
-        widest = {id(row): max(row.noisy.items(), key=lambda item: item[1].width) for row in noisy}
+    if noisy := [row for row in rows if row.noisy]:
         described = []
         for name, those in by_shape(noisy).items():
-            who, timing = max((widest[id(row)] for row in those), key=lambda item: item[1].width)
-            described.append(f"{name} {'/'.join(row.mode for row in those)} ({who} {timing.width:.0%})")
-        said.append(f"Too noisy (an interval of the median wider than {WIDE:.0%}, from {LONG:g} ms on): {', '.join(described)}")
+            who, timing = max((item for row in those for item in row.noisy.items()), key=lambda item: item[1].width)
+            modes = "/".join(dict.fromkeys(row.mode for row in those))
+            described.append((timing.width, f"{name} {modes} ({who} {timing.width:.0%})"))
+        kept = described if len(described) <= most else sorted(described, reverse=True)[:most]
+        rest = f"; and {len(described) - most} shapes more" if len(described) > most else ""
+        said.append(f"Too noisy, ~ (an interval of the median wider than {WIDE:.0%}, from {LONG:g} ms on), {len(noisy)} of "
+                    f"{len(rows)} rows: {', '.join(text for _, text in kept)}{rest}")
     timings = [(timing.outliers, timing.samples, row.name, name) for row in rows for name, timing in row.timings.items()]
     if total := sum(many for many, *_ in timings):
         many, of, row, name = max(timings, key=lambda timing: timing[0])

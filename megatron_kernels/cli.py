@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .evaluation import command as evaluation
+from .options import DType
 from .training.command import train
 
 if TYPE_CHECKING:
@@ -41,14 +42,6 @@ class Format(str, Enum):
 
     huggingface = "huggingface"
     megatron = "megatron"
-
-
-class DType(str, Enum):
-    """The dtypes of weights on disk."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 Config = Annotated[Path | None, typer.Option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import replace
 
@@ -42,6 +43,23 @@ def test_versions_and_styles(tmp_path, version, style, tp):
     config.write_text(json.dumps({"n_head": MODEL.heads, "vocab_size": MODEL.vocab}))
     found = through_huggingface(write(tmp_path, form, MODEL), tmp_path, config)
     assert_same(found, as_huggingface(truth(MODEL), MODEL))
+
+
+def test_beside_a_library_that_allows_the_same_classes(tmp_path, monkeypatch):
+    """As Megatron-core does when it is imported. Of two classes with one name torch would take either."""
+    read, allowed = torch.load, []
+
+    def load(*arguments, **options):
+        allowed.append(torch.serialization.get_safe_globals())
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(torch, "load", load)
+    write(tmp_path, Form(3.0), MODEL)
+    with torch.serialization.safe_globals([argparse.Namespace, replace]):
+        before = torch.serialization.get_safe_globals()
+        assert checkpoint.load(tmp_path).config.num_layers == MODEL.layers
+        assert set(torch.serialization.get_safe_globals()) == set(before) and argparse.Namespace in before
+    assert allowed and all(argparse.Namespace not in those and replace in those for those in allowed)
 
 
 @pytest.mark.parametrize("pp", [1, 2])

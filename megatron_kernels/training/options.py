@@ -9,13 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-
-class DType(str, Enum):
-    """What products are computed in; parameters and optimizer state are float32."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+from ..options import Attention, DType, option
 
 
 class Decay(str, Enum):
@@ -33,35 +27,24 @@ class Replicas(str, Enum):
     fsdp = "fsdp"
 
 
-class Attention(str, Enum):
-    """Which attention: the package's softmax, or torch's scaled_dot_product_attention."""
-
-    softmax = "softmax"
-    sdpa = "sdpa"
-
-
-def _panel(panel: str, help: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
-
-
 def _data(help: str, *names: str, **more: Any) -> Any:
-    return _panel("Data", help, *names, **more)
+    return option("Data", help, *names, **more)
 
 
 def _model(help: str, *names: str, **more: Any) -> Any:
-    return _panel("Model", help, *names, **more)
+    return option("Model", help, *names, **more)
 
 
 def _optimizer(help: str, *names: str, **more: Any) -> Any:
-    return _panel("Steps and optimizer", help, *names, **more)
+    return option("Steps and optimizer", help, *names, **more)
 
 
 def _ranks(help: str, *names: str, **more: Any) -> Any:
-    return _panel("Several ranks, under torchrun", help, *names, **more)
+    return option("Several ranks, under torchrun", help, *names, **more)
 
 
 def _saving(help: str, *names: str, **more: Any) -> Any:
-    return _panel("Checkpoints and logs", help, *names, **more)
+    return option("Checkpoints and logs", help, *names, **more)
 
 
 _DIR, _FILE = {"metavar": "DIR"}, {"metavar": "FILE"}
