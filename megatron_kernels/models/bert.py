@@ -7,7 +7,6 @@ Megatron-core's.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +24,7 @@ from .attention import padding_mask_for
 from .config import BertConfig
 from .embedding import Embedding
 from .layer import Stack
-from .weights import assign, initialise
+from .weights import SavedModel, assign, initialise
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -76,7 +75,7 @@ class Pooler(nn.Module):
         return torch.tanh(self.dense(hidden[:, 0]))
 
 
-class Bert(nn.Module):
+class Bert(SavedModel):
     """A BERT with the heads it is pre-trained with.
 
     Args:
@@ -91,6 +90,8 @@ class Bert(nn.Module):
 
     Raises ValueError when the ranks do not divide the heads or hidden sizes.
     """
+
+    config: BertConfig
 
     def __init__(self, config: BertConfig, mesh: DeviceMesh | None = None, *, device=None, dtype=None, seed: int | None = None,
                  activation_checkpointing: bool = False):
@@ -216,39 +217,6 @@ class Bert(nn.Module):
             model = cls(config, mesh)
         assign(model, checkpoint, dtype)
         return model.eval()
-
-    @classmethod
-    def from_megatron(cls, path: str | Path, config: BertConfig | str | Path | None = None, dtype: torch.dtype | None = None,
-                      **changes: Any) -> Bert:
-        """Load a Megatron-LM checkpoint: the zip, a .pt, an iteration directory or the one above it, of any parallel size.
-
-        config (or the path of a Hugging Face config.json) supplies what the file can't tell. For the rest see `from_checkpoint`
-        and `megatron_kernels.checkpoint.load`, which also says what is refused. The model comes in eval mode.
-        """
-        from .. import checkpoint
-        return cls.from_checkpoint(checkpoint.load(path, config), dtype, **changes)
-
-    @classmethod
-    def from_huggingface(cls, path: str | Path, dtype: torch.dtype | None = None, **changes: Any) -> Bert:
-        """Load a Hugging Face directory: a Megatron-BERT (pre-norm) or a BERT (post-norm) with its masked-LM head, and with the
-        next-sentence head where it is there. See `from_checkpoint`. The model comes in eval mode."""
-        from .. import checkpoint
-        return cls.from_checkpoint(checkpoint.load(path), dtype, **changes)
-
-    def save_megatron(self, directory: str | Path, *, tensor_parallel: int = 1, pipeline_parallel: int = 1,
-                      **options: Any) -> None:
-        """Write a Megatron-LM checkpoint for that parallel size; see `megatron_kernels.checkpoint.save_megatron`. On a mesh all
-        ranks call this, and the first writes what the others send it, one tensor at a time."""
-        from .. import checkpoint
-        checkpoint.write_together([self], self.config, self.mesh, lambda gathered: checkpoint.save_megatron(
-            gathered, directory, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, **options))
-
-    def save_huggingface(self, directory: str | Path, **options: Any) -> None:
-        """Write a Hugging Face directory, of a Megatron-BERT (pre-norm) or a BERT (post-norm); see `save_megatron` and
-        `megatron_kernels.checkpoint.save_huggingface`."""
-        from .. import checkpoint
-        checkpoint.write_together([self], self.config, self.mesh,
-                                  lambda gathered: checkpoint.save_huggingface(gathered, directory, **options))
 
 
 def _say(tensor: Tensor) -> str:

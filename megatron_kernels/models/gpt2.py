@@ -7,11 +7,10 @@ matrix products and three additions a layer.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..linear import project
@@ -27,7 +26,7 @@ from .embedding import Embedding
 from .generation import KVCache, generate
 from .layer import Stack
 from .scoring import score
-from .weights import assign, initialise
+from .weights import SavedModel, assign, initialise
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 IGNORE = -100
 
 
-class GPT2(nn.Module):
+class GPT2(SavedModel):
     """A GPT-2 language model.
 
     Args:
@@ -58,6 +57,8 @@ class GPT2(nn.Module):
 
     Raises ValueError when the ranks do not divide the heads, hidden sizes or layers.
     """
+
+    config: GPT2Config
 
     def __init__(self, config: GPT2Config, mesh: DeviceMesh | None = None, *, sequence_parallel: bool = False,
                  stage: tuple[int, int] = (0, 1), device=None, dtype=None, seed: int | None = None,
@@ -247,40 +248,6 @@ class GPT2(nn.Module):
             model = cls(config, mesh, sequence_parallel=sequence_parallel, stage=stage)
         assign(model, checkpoint, dtype)
         return model.eval()
-
-    @classmethod
-    def from_megatron(cls, path: str | Path, config: GPT2Config | str | Path | None = None, dtype: torch.dtype | None = None,
-                      **changes: Any) -> GPT2:
-        """Load a Megatron-LM checkpoint: the zip, a .pt, an iteration directory or the one above it, of any parallel size.
-
-        config (or the path of a Hugging Face config.json) supplies what the file can't tell. For the rest see `from_checkpoint`
-        and `megatron_kernels.checkpoint.load`, which also says what is refused. The model comes in eval mode.
-        """
-        from .. import checkpoint
-        return cls.from_checkpoint(checkpoint.load(path, config), dtype, **changes)
-
-    @classmethod
-    def from_huggingface(cls, path: str | Path, dtype: torch.dtype | None = None, **changes: Any) -> GPT2:
-        """Load a Hugging Face GPT-2 directory (config.json beside its weights); see `from_checkpoint`. Comes in eval mode."""
-        from .. import checkpoint
-        return cls.from_checkpoint(checkpoint.load(path), dtype, **changes)
-
-    def save_megatron(self, directory: str | Path, *, tensor_parallel: int = 1, pipeline_parallel: int = 1,
-                      **options: Any) -> None:
-        """Write a Megatron-LM checkpoint for that parallel size; see `megatron_kernels.checkpoint.save_megatron`.
-
-        On a mesh all ranks call this, and the first writes what the others send it, one tensor at a time. Where a rank has
-        several stages of a pipeline, `megatron_kernels.checkpoint.write_together` takes them all.
-        """
-        from .. import checkpoint
-        checkpoint.write_together([self], self.config, self.mesh, lambda gathered: checkpoint.save_megatron(
-            gathered, directory, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, **options))
-
-    def save_huggingface(self, directory: str | Path, **options: Any) -> None:
-        """Write a Hugging Face GPT-2 directory; see `save_megatron` and `megatron_kernels.checkpoint.save_huggingface`."""
-        from .. import checkpoint
-        checkpoint.write_together([self], self.config, self.mesh,
-                                  lambda gathered: checkpoint.save_huggingface(gathered, directory, **options))
 
 
 def _check_parallel(config: GPT2Config, group: Group, stage: tuple[int, int]) -> None:

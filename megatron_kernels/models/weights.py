@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -12,7 +13,58 @@ from ..parallel.layout import shares
 from .config import ModelConfig
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from ..checkpoint import Checkpoint
+
+Model = TypeVar("Model", bound="SavedModel")
+
+
+class SavedModel(nn.Module):
+    """A model that is read from checkpoints of Megatron-LM and of Hugging Face, and written to either."""
+
+    config: ModelConfig
+    mesh: DeviceMesh | None
+
+    @classmethod
+    def from_checkpoint(cls: type[Model], checkpoint: Checkpoint, dtype: torch.dtype | None = None, **options: Any) -> Model:
+        """The model of an open checkpoint."""
+        raise NotImplementedError(f"{cls.__name__} is read from no checkpoint")
+
+    @classmethod
+    def from_megatron(cls: type[Model], path: str | Path, config: ModelConfig | str | Path | None = None,
+                      dtype: torch.dtype | None = None, **changes: Any) -> Model:
+        """Load a Megatron-LM checkpoint: the zip, a .pt, an iteration directory or the one above it, of any parallel size.
+
+        config (or the path of a Hugging Face config.json) supplies what the file can't tell. For the rest see `from_checkpoint`
+        and `megatron_kernels.checkpoint.load`, which also says what is refused. The model comes in eval mode.
+        """
+        from .. import checkpoint
+        return cls.from_checkpoint(checkpoint.load(path, config), dtype, **changes)
+
+    @classmethod
+    def from_huggingface(cls: type[Model], path: str | Path, dtype: torch.dtype | None = None, **changes: Any) -> Model:
+        """Load a Hugging Face directory (config.json beside its weights): a GPT-2, a Megatron-BERT (pre-norm), or a BERT
+        (post-norm) with its masked-LM head. See `from_checkpoint`. The model comes in eval mode."""
+        from .. import checkpoint
+        return cls.from_checkpoint(checkpoint.load(path), dtype, **changes)
+
+    def save_megatron(self, directory: str | Path, *, tensor_parallel: int = 1, pipeline_parallel: int = 1,
+                      **options: Any) -> None:
+        """Write a Megatron-LM checkpoint for that parallel size; see `megatron_kernels.checkpoint.save_megatron`.
+
+        On a mesh all ranks call this, and the first writes what the others send it, one tensor at a time. Where a rank has
+        several stages of a pipeline, `megatron_kernels.checkpoint.write_together` takes them all.
+        """
+        from .. import checkpoint
+        checkpoint.write_together([self], self.config, self.mesh, lambda gathered: checkpoint.save_megatron(
+            gathered, directory, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, **options))
+
+    def save_huggingface(self, directory: str | Path, **options: Any) -> None:
+        """Write a Hugging Face directory; see `save_megatron` and `megatron_kernels.checkpoint.save_huggingface`."""
+        from .. import checkpoint
+        checkpoint.write_together([self], self.config, self.mesh,
+                                  lambda gathered: checkpoint.save_huggingface(gathered, directory, **options))
 
 
 @torch.no_grad()
