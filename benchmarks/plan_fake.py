@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.pipelining import schedules
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -81,9 +82,17 @@ def _replaced(target: str) -> list[tuple[Any, str, Any]]:
         (nn.Module, "to_empty", _to_empty),
         # There is nothing to compare: fake weights have no bits.
         (data, "check_same_weights", lambda *args: None), (pipeline, "check_same_weights", lambda *args: None)]
+    if hasattr(schedules._PipelineSchedule, "_warmup_p2p"):
+        found.append((schedules._PipelineSchedule, "_warmup_p2p", _agreed))
     if target == "gpu":
         found += [(blocks, "applies", lambda qkv: False), (linear, "_ordinary", lambda x: True)]
     return found
+
+
+def _agreed(self: Any, stages: list[Any], *args: Any) -> None:
+    """Stages vote whether all know their shapes, and read the result. They do: `parallel.Pipeline` tells them."""
+    for stage in stages:
+        stage._inference_mode = schedules.InferenceMode.STATIC
 
 
 def _to_empty(self: nn.Module, *, device: Any, recurse: bool = True) -> nn.Module:
