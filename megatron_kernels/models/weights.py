@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,11 +26,7 @@ class SavedModel(nn.Module):
 
     config: ModelConfig
     mesh: DeviceMesh | None
-
-    @classmethod
-    def from_checkpoint(cls: type[Model], checkpoint: Checkpoint, dtype: torch.dtype | None = None, **options: Any) -> Model:
-        """The model of an open checkpoint."""
-        raise NotImplementedError(f"{cls.__name__} is read from no checkpoint")
+    from_checkpoint: Callable[..., Any]  # a class method that each model has: they are made of different arguments
 
     @classmethod
     def from_megatron(cls: type[Model], path: str | Path, config: ModelConfig | str | Path | None = None,
