@@ -7,11 +7,12 @@ control changes when its figures do.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from . import files
 
 # Distinguishable with every common colour vision, on white and on grey (Okabe and Ito, 2008).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
@@ -76,7 +77,7 @@ def grid(path: str | Path, panels: Sequence[Panel], *, columns: int = 2, title: 
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    path, columns = Path(path), min(columns, len(panels))
+    columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     with rc_context(STYLE):
         figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
@@ -94,10 +95,8 @@ def grid(path: str | Path, panels: Sequence[Panel], *, columns: int = 2, title: 
             figure.legend(lines.values(), lines.keys(), loc="outside lower left", ncols=4)
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        figure.savefig(partial, format="svg", facecolor="white", metadata={"Date": None})
-        os.replace(partial, path)
+        with files.replacing(path) as partial:
+            figure.savefig(partial, format="svg", facecolor="white", metadata={"Date": None})
 
 
 def _styles(panels: Sequence[Panel]) -> dict[str, tuple[str, str]]:

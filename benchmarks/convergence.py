@@ -14,7 +14,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,7 +34,7 @@ from megatron_kernels.training.options import Options
 from megatron_kernels.training.schedule import decay_groups, learning_rate
 from megatron_kernels.training.tokens import TokenFile, Tokens
 
-from . import charts, gpt2, harness, report
+from . import charts, files, gpt2, harness, memory, report
 
 LIMIT = 1e-3  # of the losses' difference, at every step
 TITLES = {"ours": "megatron_kernels", "eager": "Hugging Face, eager attention", "sdpa": "Hugging Face, sdpa"}
@@ -130,19 +129,11 @@ def peak_of_a_step(name: str, size: Size) -> dict[str, float]:
     for number in (0, 1):
         step(number, data[number])
     model.zero_grad(set_to_none=True)
-    before = gpt2.resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    step(2, data[2])
-    peak = gpt2.resident("VmHWM")
-    return {"total": peak, "step": peak - before}
+    return memory.peak_of(lambda: step(2, data[2]))
 
 
 def peak_in_own_process(name: str, threads: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.convergence", "--peak-of", name, "--threads", str(threads)]
-    done = subprocess.run(command, env=os.environ | gpt2.EXACT_ALLOCATOR, cwd=harness.ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"the process that measures the memory of {name} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return memory.in_own_process("benchmarks.convergence", ["--peak-of", name, "--threads", threads], name)
 
 
 def show(found: dict) -> None:
@@ -211,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
              "memory_mib": {} if args.no_memory else {name: peak_in_own_process(name, args.threads) for name in TITLES}}
     show(found)
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+        files.write_json(args.json, found)
     if args.chart:
         draw(Path(args.chart), found)
     return 0 if max(apart) <= LIMIT else 1

@@ -13,11 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from rich import box
@@ -26,15 +24,13 @@ from rich.table import Table
 from megatron_kernels.compat.huggingface import patch
 from megatron_kernels.models import GPT2, GPT2Config
 
-from . import harness, report
+from . import files, harness, memory, report
 
 PEERS = ("eager", "compile", "patched", "linear")  # Hugging Face's model as it is, compiled, and with our ops
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LIMITS = {"fp32": 1.1, "bf16": 1.35}  # times faster than the compiled peer that our step should be
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}  # of the loss, and of a gradient's norm
 BATCH, LENGTH = 2, 512
-# Every block above 64 KiB is mapped for itself and unmapped when freed, so that resident memory is what is alive.
-EXACT_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
 
 
 def config(attention: str) -> GPT2Config:
@@ -154,12 +150,6 @@ def contestant(name: str, dtype: torch.dtype, attention: str) -> Callable[[], to
     return step_of(model, torch.compile(model) if name == "compile" else None)
 
 
-def resident(field: str) -> float:
-    """MiB of this process: field is VmRSS (now) or VmHWM (highest since it was last reset)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
 def peak_of_a_step(name: str, dtype: torch.dtype, attention: str) -> dict[str, float]:
     """MiB that the third step holds at its highest, in all and above what was there before it (parameters and program)."""
     step = contestant(name, dtype, attention)
@@ -167,20 +157,12 @@ def peak_of_a_step(name: str, dtype: torch.dtype, attention: str) -> dict[str, f
         step()
     model = next(cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, torch.nn.Module))
     model.zero_grad(set_to_none=True)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    step()
-    peak = resident("VmHWM")
-    return {"total": peak, "step": peak - before}
+    return memory.peak_of(step)
 
 
 def peak_in_own_process(name: str, args: argparse.Namespace, dtype: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.gpt2", "--peak-of", name, "--dtype", dtype, "--attention", args.attention,
-               "--threads", str(args.threads)]
-    done = subprocess.run(command, env=os.environ | EXACT_ALLOCATOR, cwd=harness.ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"the process that measures the memory of {name} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return memory.in_own_process("benchmarks.gpt2", ["--peak-of", name, "--dtype", dtype, "--attention", args.attention,
+                                                     "--threads", args.threads], name)
 
 
 def run(dtype_name: str, args: argparse.Namespace) -> dict:
@@ -198,9 +180,9 @@ def run(dtype_name: str, args: argparse.Namespace) -> dict:
                                  min_rounds=args.rounds)
     del ours, theirs, models, contestants
     measured = () if args.no_memory else ("ours", *PEERS)
-    memory = {name: peak_in_own_process(name, args, dtype_name) for name in measured}
+    peaks = {name: peak_in_own_process(name, args, dtype_name) for name in measured}
     return {"dtype": dtype_name, "failure": "", "limit": LIMITS[dtype_name], "attention": args.attention,
-            "ratio": timings["compile"].median / timings["ours"].median, "memory_mib": memory,
+            "ratio": timings["compile"].median / timings["ours"].median, "memory_mib": peaks,
             "timings_ms": {name: asdict(timing) for name, timing in timings.items()}}
 
 
@@ -269,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
                            f"{report.Results(environment, []).described()}",
                            style="dim", highlight=False)
     if args.json:
-        Path(args.json).write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+        files.write_json(args.json, {"environment": environment, "rows": rows})
     return 1 if any(row["failure"] for row in rows) else 0
 
 

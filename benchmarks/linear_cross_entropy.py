@@ -12,11 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from rich import box
@@ -26,8 +24,8 @@ import megatron_kernels as mk
 from megatron_kernels.linear import project
 from megatron_kernels.parallel import vocab_parallel_linear_cross_entropy
 
-from . import harness, report
-from .gpt2 import DTYPES, EXACT_ALLOCATOR, resident
+from . import files, harness, memory, report
+from .gpt2 import DTYPES
 
 LIMITS = {"mean": 1.15, "sum": 1.15, "none": 1.5}  # times the time of logits + cross_entropy
 HELD = 0.1  # of the float32 logits
@@ -93,21 +91,15 @@ def held(args: argparse.Namespace, how: str, reduction: str, dtype: torch.dtype)
         step()
     gradients = sum(t.grad.numel() * t.grad.element_size() for t in (problem.hidden, problem.table))
     problem.hidden.grad = problem.table.grad = None
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    step()
-    return resident("VmHWM") - before - gradients / 2**20
+    return memory.peak_of(step)["step"] - gradients / 2**20
 
 
 def held_in_own_process(args: argparse.Namespace, how: str, reduction: str, dtype: str) -> float:
-    command = [sys.executable, "-m", "benchmarks.linear_cross_entropy", "--held-by", how, "--reduction", reduction,
-               "--dtype", dtype]
+    arguments = ["--held-by", how, "--reduction", reduction, "--dtype", dtype]
     for name in ("tokens", "vocabulary", "hidden", "threads"):
-        command += [f"--{name}", str(getattr(args, name))]
-    done = subprocess.run(command, env=os.environ | EXACT_ALLOCATOR, cwd=harness.ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"the process that measures the memory of {how}, {reduction}, failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+        arguments += [f"--{name}", getattr(args, name)]
+    return memory.in_own_process("benchmarks.linear_cross_entropy", arguments, f"{how}, {reduction}")
+
 
 
 def run(args: argparse.Namespace, dtype: str) -> dict:
@@ -120,10 +112,10 @@ def run(args: argparse.Namespace, dtype: str) -> dict:
     timings = harness.interleave(contestants, seconds=args.seconds, min_rounds=args.rounds, warmup=1)
     del problem, contestants
     logits = args.tokens * args.vocabulary * 4 / 2**20
-    memory = {} if args.no_memory else {name: held_in_own_process(args, *name.split(), dtype) / logits for name in steps}
+    held = {} if args.no_memory else {name: held_in_own_process(args, *name.split(), dtype) / logits for name in steps}
     ratios = {r: timings[f"linear {r}"].median / timings[f"logits {r}"].median for r in args.reduction}
     return {"dtype": dtype, "failure": "", "tokens": args.tokens, "vocabulary": args.vocabulary, "hidden": args.hidden,
-            "timings_ms": {name: asdict(timing) for name, timing in timings.items()}, "ratio": ratios, "held": memory}
+            "timings_ms": {name: asdict(timing) for name, timing in timings.items()}, "ratio": ratios, "held": held}
 
 
 def show(rows: list[dict]) -> None:
@@ -184,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
                            f"every large block is mapped for itself.\n{report.Results(environment, []).described()}",
                            style="dim", highlight=False)
     if args.json:
-        Path(args.json).write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+        files.write_json(args.json, {"environment": environment, "rows": rows})
     return 1 if any(row["failure"] for row in rows) else 0
 
 

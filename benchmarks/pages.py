@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import tables
-from .rows import BUSY, TORCH, Results, Row, write
+from . import files, tables
+from .rows import BUSY, TORCH, Results, Row
 from .tables import Lines
 
 BEGIN = {"cpu": "<!-- results: written by python -m benchmarks.ops --readme -->",
@@ -86,7 +86,7 @@ def write_pages(root: Path, found: Results, charts: Sequence[Path]) -> None:
         links = [os.path.relpath(chart, page.parent) for chart in charts]
         texts[page] = between(page, BEGIN[found.kind], END[found.kind], section(found, links))
     for page, text in texts.items():
-        write(page, text)
+        files.write(page, text)
 
 
 def between(page: Path, begin: str, end: str, section: str) -> str:

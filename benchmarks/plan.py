@@ -25,7 +25,7 @@ from typing import Any
 
 from megatron_kernels.parallel.collectives import CollectiveError
 
-from . import plan_fake, plan_report, plan_time, report, scaling_efficiency, scaling_report, scaling_run, trainer
+from . import files, plan_fake, plan_report, plan_time, report, scaling_efficiency, scaling_report, scaling_run, trainer
 from .plan_report import Checked, Compared
 from .plan_time import Rates
 from .plan_trace import trace
@@ -180,7 +180,7 @@ def run(args: argparse.Namespace) -> int:
         show_check(rows, rates)
         data["check"] = [row.as_json() for row in rows]
     if args.json:
-        scaling_run.save(Path(args.json), data)
+        files.write_json(Path(args.json), data)
     if differing:
         print(f"benchmarks.plan: trace and closed form differ: {'; '.join(differing)}", file=sys.stderr)
     return int(bool(differing))

@@ -7,7 +7,6 @@ named, and a kind, dtype or group size that nobody measured is refused.
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_left
 from collections import defaultdict
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import files
 from .plan_forms import SPLIT, TWO_STAGES
 from .plan_trace import Collective, Product, Trace
 from .rates import KIND
@@ -40,16 +40,7 @@ class Rates:
     @classmethod
     def load(cls, path: str | Path) -> Rates:
         """Raises ValueError where the file is none of rates, naming the file and the key."""
-        try:
-            data = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise ValueError(f"{path}: cannot read: {error.strerror}") from error
-        except ValueError as error:
-            raise ValueError(f"{path}: no JSON: {error}") from error
-        kind = data.get("kind") if isinstance(data, dict) else type(data).__name__
-        if kind != KIND:
-            raise ValueError(f"{path}: expected rates that benchmarks.scaling --measure-rates wrote, of kind {KIND!r}, got "
-                             f"{kind!r}")
+        data = files.read_json(path, "rates that benchmarks.scaling --measure-rates wrote", KIND)
         products: dict[tuple[str, int], dict[tuple[int, ...], float]] = defaultdict(dict)
         collectives: dict[tuple[str, int], list[tuple[int, float]]] = defaultdict(list)
         try:

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from megatron_kernels.models import Bert, BertConfig
 
-from . import charts
+from . import charts, files
 
 SPIKE, WINDOW = 10.0, 20
 MASKED = 0.15
@@ -238,10 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         content = {"setting": asdict(setting), "entropy": language.entropy, "bound": language.bound, "torch": torch.__version__,
                    "definitions": {"spike": SPIKE, "window": WINDOW, "learned": LEARNED}, "verdict": verdict(runs),
                    "seconds": round(time.perf_counter() - start, 1), "runs": runs}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        partial = args.json.with_name(f"{args.json.name}.partial")
-        partial.write_text(json.dumps(content) + "\n")
-        os.replace(partial, args.json)
+        files.write(args.json, json.dumps(content) + "\n")
     if args.chart:
         chart(args.chart, runs, setting)
     return 0

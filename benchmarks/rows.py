@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from . import files
 from .harness import Timing
 
 TORCH = ("eager", "compile")
@@ -163,17 +163,8 @@ def _what(error: Exception) -> str:
     return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
 
 
-def write(file: str | Path, text: str) -> None:
-    """In one stroke, and the directory with it: whenever a run is ended from outside, the file is whole."""
-    path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
 def write_json(file: str | Path, found: Results) -> None:
-    write(file, json.dumps(found.as_json(), indent=1) + "\n")
+    files.write_json(file, found.as_json())
 
 
 def write_csv(file: str | Path, found: Results) -> None:
@@ -197,4 +188,4 @@ def write_csv(file: str | Path, found: Results) -> None:
                             "" if row.others is None else f"{row.others:.3f}", ", ".join(filter(None, remarks)), *environment])
         for name, why in (row.missing if row.timings else {"ours": row.failure or row.skipped}).items():
             lines.writerow([*start, name, *[""] * 11, "wrong" if row.failure else "no", "", why, *environment])
-    write(file, text.getvalue())
+    files.write(file, text.getvalue())

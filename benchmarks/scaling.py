@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import harness, rates, scaling_report, scaling_run, scaling_sweep, trainer
+from . import files, harness, rates, scaling_report, scaling_run, scaling_sweep, trainer
 from .scaling_run import DIRECTORY, QUIET
 from .trainer import Settings
 
@@ -85,7 +85,7 @@ def measure_rates(wanted: list[Settings], device: torch.device, ranks_here: int,
     """This rank's part; the first rank keeps what was found."""
     found = rates.measure(wanted, device, ranks_here)
     if dist.get_rank() == 0:
-        scaling_run.save(path, found)
+        files.write_json(path, found)
         print(", ".join(f"{len(found[name])} of {name}" for name in ("matmul", "batched_matmul", "collectives")) + f": {path}")
     return 0
 
@@ -94,7 +94,7 @@ def keep(args: argparse.Namespace, found: dict[str, Any], baseline: dict[str, An
     """Show the run, write its file, and draw it."""
     name = args.baseline if baseline else "itself"
     efficiency = scaling_report.compare(found, baseline or found)
-    scaling_run.save(path, {**found, "efficiency": {"baseline": name, **efficiency._asdict()}})
+    files.write_json(path, {**found, "efficiency": {"baseline": name, **efficiency._asdict()}})
     scaling_report.show([found], baseline or found, name, args.paper)
     print(f"kept as {path}")
     scaling_report.draw(args.chart or path.with_suffix(".svg"), [baseline, found] if baseline else [found], baseline or found)

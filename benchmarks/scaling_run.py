@@ -6,7 +6,6 @@ in a collective.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import socket
@@ -23,8 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from megatron_kernels import backend
 from megatron_kernels.models import GPT2
 
-from . import cuda, flops, harness, scaling_exposed
-from .gpt2 import resident
+from . import cuda, files, flops, harness, memory, scaling_exposed
 from .trainer import DTYPES, Settings, Training
 
 KIND = "benchmarks.scaling run"
@@ -227,8 +225,8 @@ class _Memory:
         self.device, self.before = device, 0.0
         if device.type == "cpu":
             try:
-                Path("/proc/self/clear_refs").write_text("5")
-                self.before = resident("VmRSS")
+                memory.forget_peak()
+                self.before = memory.resident("VmRSS")
             except OSError:
                 self.before = math.nan
 
@@ -241,7 +239,7 @@ class _Memory:
         """Bytes; None where the system does not tell."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return None if math.isnan(self.before) else round((resident("VmHWM") - self.before) * 2**20)
+        return None if math.isnan(self.before) else round((memory.resident("VmHWM") - self.before) * 2**20)
 
 
 def start(device_type: str, local_rank: int, timeout: Any) -> torch.device:
@@ -252,17 +250,6 @@ def start(device_type: str, local_rank: int, timeout: Any) -> torch.device:
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout, **alone)
     return own
-
-
-def save(path: Path, data: dict[str, Any]) -> None:
-    """In one stroke: the file is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text, partial = json.dumps(data, indent=1) + "\n", path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:
@@ -278,15 +265,7 @@ def check_writable(path: Path) -> None:
 
 def load(path: str | Path) -> dict[str, Any]:
     """A run's file; ValueError where it is none."""
-    try:
-        found = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: no JSON: {error}") from error
-    if not isinstance(found, dict) or found.get("kind") != KIND:
-        kind = found.get("kind") if isinstance(found, dict) else type(found).__name__
-        raise ValueError(f"{path}: expected a run that --json wrote, of kind {KIND!r}, got {kind!r}")
+    found = files.read_json(path, "a run that --json wrote", KIND)
     try:
         Settings.from_json(found.get("settings", {}))
     except (TypeError, ValueError) as error:

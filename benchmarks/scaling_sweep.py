@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from . import harness, scaling_report, scaling_run, trainer
+from . import files, harness, scaling_report, scaling_run, trainer
 from .trainer import Settings
 
 ALONG = {"tp": "tensor_parallel", "pp": "pipeline_parallel", "dp": None}
@@ -99,10 +98,7 @@ def main(args: argparse.Namespace, device_type: str, threads_for: Callable[[argp
     first = f"the run with {scaling_report.many(ranks[0], 'device')}"
     baseline, name = (baseline, args.baseline) if baseline else (found[0], first)
     scaling_report.show(found, baseline, name, args.paper)
-    table = out / "table.md"
-    partial = table.with_name("table.md.partial")
-    partial.write_text(scaling_report.markdown(found, baseline, name))
-    os.replace(partial, table)
+    files.write(out / "table.md", scaling_report.markdown(found, baseline, name))
     print(f"kept in {out}/")
     scaling_report.draw(args.chart or out / "scaling.svg", found, baseline)
     return status

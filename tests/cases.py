@@ -109,3 +109,13 @@ def assert_within(actual: torch.Tensor, expected: torch.Tensor, bound: torch.Ten
     seen, wanted = a.reshape(-1)[worst].item(), e.reshape(-1)[worst].item()
     assert excess.max() <= 0, (f"{what}: {seen} at flat index {worst}, expected {wanted}, beyond the bound by "
                                f"{excess.max().item():.3g}")
+
+
+def disturbed(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, its biases and norms no longer at their initial values, so that a forgotten one shows."""
+    draws = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=draws, dtype=torch.float64).to(parameter.dtype)
+    return model

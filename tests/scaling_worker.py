@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks import rates, scaling, scaling_run
+from benchmarks import files, rates, scaling, scaling_run
 from benchmarks.trainer import PRESETS, Training
 
 RUNS = {
@@ -64,7 +64,7 @@ def main() -> None:
         found = scaling_run.measure(settings, settings.mesh("cpu"), device, iterations=3, warmup=1,
                                     ranks_here=int(os.environ["LOCAL_WORLD_SIZE"]))
         if dist.get_rank() == 0:
-            scaling_run.save(out / f"{name}.json", found)
+            files.write_json(out / f"{name}.json", found)
     dist.barrier()
     dist.destroy_process_group()
 

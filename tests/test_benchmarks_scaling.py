@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import (
+    files,
     flops,
     harness,
     scaling,
@@ -249,10 +250,10 @@ def test_without_matplotlib_there_is_no_chart(monkeypatch, capsys, tmp_path):
 
 def test_a_run_is_kept_whole_or_not_at_all(tmp_path):
     path = tmp_path / "runs" / "one.json"
-    scaling_run.save(path, made())
+    files.write_json(path, made())
     assert scaling_run.load(path) == made() and [file.name for file in path.parent.iterdir()] == ["one.json"]
     with pytest.raises(TypeError):
-        scaling_run.save(path, {"kind": object()})
+        files.write_json(path, {"kind": object()})
     assert scaling_run.load(path) == made()
 
 
@@ -271,13 +272,13 @@ def test_what_is_no_run(tmp_path, text, message):
 def test_runs_are_shown_together(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     for name, run in (("a", made()), ("b", made(world=2, ms=125.0))):
-        scaling_run.save(tmp_path / f"{name}.json", run)
-    files = [str(tmp_path / f"{name}.json") for name in "ab"]
-    assert scaling.main(["--show", *files, "--chart", str(tmp_path / "c.svg"), "--paper"]) == 0
+        files.write_json(tmp_path / f"{name}.json", run)
+    kept = [str(tmp_path / f"{name}.json") for name in "ab"]
+    assert scaling.main(["--show", *kept, "--chart", str(tmp_path / "c.svg"), "--paper"]) == 0
     out = capsys.readouterr().out
-    assert "80.0%" in out and f"Efficiency is against {files[0]}" in out and (tmp_path / "c.svg").exists()
+    assert "80.0%" in out and f"Efficiency is against {kept[0]}" in out and (tmp_path / "c.svg").exists()
     assert "77%" in out and "74%" in out and "arXiv 1909.08053" in out
-    assert scaling.main(["--show", *files, "--baseline", files[1]]) == 0
+    assert scaling.main(["--show", *kept, "--baseline", kept[1]]) == 0
     assert "125.0%" in capsys.readouterr().out
 
 
@@ -376,7 +377,7 @@ def started(monkeypatch):
             return subprocess.CompletedProcess(command, 1, "", log)
         settings = trainer.from_args(scaling.parse(command[command.index("benchmarks.scaling") + 1:]))
         changes = {name: value for name, value in settings.as_json().items() if name != "preset"}
-        scaling_run.save(scaling.Path(command[command.index("--json") + 1]), made(world=n, ms=100.0 * n, **changes))
+        files.write_json(scaling.Path(command[command.index("--json") + 1]), made(world=n, ms=100.0 * n, **changes))
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(scaling_sweep.subprocess, "run", run)

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from cases import disturbed
 from torch.nn import functional as F
 
 from megatron_kernels.models import Bert, BertConfig
@@ -19,14 +20,7 @@ ORDERINGS = pytest.mark.parametrize("post", [False, True], ids=["pre-norm", "pos
 
 
 def make(dtype=torch.float32, seed=3, **changes) -> Bert:
-    """A small model whose biases and norms are not at their initial values, so that a forgotten one shows."""
-    model = Bert(dataclasses.replace(SMALL, **changes), dtype=dtype, seed=seed)
-    draws = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=draws, dtype=torch.float64).to(dtype)
-    return model
+    return disturbed(Bert(dataclasses.replace(SMALL, **changes), dtype=dtype, seed=seed))
 
 
 def batch(rows=3, length=13, seed=5):

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from cases import disturbed
 from torch.nn import functional as F
 
 from megatron_kernels.models import GPT2, GPT2Config
@@ -16,14 +17,7 @@ KINDS = ("softmax", "sdpa")
 
 
 def make(dtype=torch.float32, seed=3, **changes) -> GPT2:
-    """A small model whose biases and norms are not at their initial values, so that a forgotten one shows."""
-    model = GPT2(dataclasses.replace(SMALL, **changes), dtype=dtype, seed=seed)
-    draws = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=draws, dtype=torch.float64).to(dtype)
-    return model
+    return disturbed(GPT2(dataclasses.replace(SMALL, **changes), dtype=dtype, seed=seed))
 
 
 def tokens(batch=2, length=13, seed=5) -> torch.Tensor:
