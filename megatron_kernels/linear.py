@@ -21,14 +21,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., i] @ weight [o, i].T + bias [o] -> [..., o]."""
     if not _by_onednn(x, weight):
         return F.linear(x, weight, bias)
-    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a [..., k] @ b [m, k].T + bias [m] -> [..., m], for use inside an autograd.Function."""
     if not _by_onednn(a, b):
         return F.linear(a, b, bias)
-    return _product(a.reshape(-1, a.shape[-1]), b, bias).view(*a.shape[:-1], -1)
+    return _product(a.reshape(-1, a.shape[-1]), b, bias).view(*a.shape[:-1], b.shape[0])
 
 
 def project(hidden: Tensor, table: Tensor) -> Tensor:

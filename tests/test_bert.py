@@ -313,3 +313,8 @@ def test_what_the_configuration_leaves_out():
         model(ids, tokentype_ids=ids)
     with pytest.raises(ValueError, match="Bert: return_binary_logits needs add_binary_head=True"):
         model(ids, return_binary_logits=True)
+
+
+def test_no_rows():
+    model, ids = make(), torch.zeros(0, 5, dtype=torch.int64)
+    assert model(ids).shape == (0, 5, SMALL.vocab_size) and model(ids, ids) == 0

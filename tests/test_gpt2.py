@@ -380,3 +380,14 @@ def test_stages_one_after_the_other_are_the_model():
         GPT2(whole.config, stage=(2, 2))
     with pytest.raises(ValueError, match="3 pipeline stages do not divide num_layers 2"):
         GPT2(whole.config, stage=(0, 3))
+
+
+@pytest.mark.parametrize("changes", [{}, {"fuse_linear_loss": True}, {"max_position_embeddings": 200}])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rows(kind, changes):
+    model = make(attention=kind, **changes)
+    ids = torch.zeros(0, model.config.max_position_embeddings, dtype=torch.int64)
+    assert model(ids).shape == (*ids.shape, SMALL.vocab_size) and model.score(ids, ids)[0].shape == (0,)
+    loss = model(ids, labels=ids)
+    loss.backward()
+    assert loss == 0 and all(parameter.grad.count_nonzero() == 0 for parameter in model.parameters())

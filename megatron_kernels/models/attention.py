@@ -40,8 +40,8 @@ class SelfAttention(nn.Module):
         sequence=True takes and gives this rank's share of the sequence.
         """
         qkv = self.linear_qkv(x, sequence)
-        b, s, _ = qkv.shape
-        qkv = qkv.view(b, s, -1, 3, self.head_dim)
+        b, s, width = qkv.shape
+        qkv = qkv.view(b, s, width // (3 * self.head_dim), 3, self.head_dim)
         dropout = self.dropout if self.training else 0.0
         if self.kind == "softmax" and self.causal and cache is None and not return_probs and blocks.applies(qkv):
             return self.linear_proj(blocks.causal_attention(qkv, mask, self.head_dim ** -0.5, dropout), sequence), None
@@ -55,7 +55,7 @@ class SelfAttention(nn.Module):
             scores = q @ k.transpose(-1, -2)
             probs = ops.scaled_masked_softmax(scores, mask, self.head_dim ** -0.5, self.causal)
             y = F.dropout(probs, dropout) @ v if dropout else probs @ v
-        y = self.linear_proj(y.transpose(1, 2).reshape(b, s, -1), sequence)
+        y = self.linear_proj(y.transpose(1, 2).flatten(2), sequence)
         return y, probs if return_probs else None
 
 

@@ -153,7 +153,7 @@ class Bert(SavedModel):
         x = copy_to_group(self.lm_head(hidden), self.tensor_group)
         logits = self.output_layer(project(x.reshape(-1, x.shape[-1]), table))
         if labels is None:
-            logits = logits.view(*input_ids.shape, -1)
+            logits = logits.unflatten(0, input_ids.shape)
             out = gather_columns(logits, self.tensor_group, self.config.padded_vocab_size)[..., :self.config.vocab_size]
         else:  # nobody else sees the logits, so their gradient is written over them
             start, _ = self.tensor_group.range(self.config.padded_vocab_size)

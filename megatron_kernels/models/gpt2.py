@@ -142,10 +142,10 @@ class GPT2(SavedModel):
         x = self._before_head(x, sequence, logits_to_keep)
         hidden, table = x.reshape(-1, x.shape[-1]), self._table(table)
         if labels is None:
-            logits = project(hidden, table).view(*x.shape[:2], -1)
+            logits = project(hidden, table).unflatten(0, x.shape[:2])
             out = gather_columns(logits, self.tensor_group, self.config.padded_vocab_size)[..., :self.config.vocab_size]
         else:
-            out = self._loss(hidden, table, labels)
+            out = self._loss(hidden, table, labels, s)
         return (out, probs) if return_attention_probs else out
 
     def _forward_stage(self, x: Tensor) -> Tensor:
@@ -187,9 +187,8 @@ class GPT2(SavedModel):
         untied = self.config.untie_embeddings_and_output_weights
         return self.output_layer.weight if untied else self.embedding.word_embeddings.weight
 
-    def _loss(self, hidden: Tensor, table: Tensor, labels: Tensor) -> Tensor:
-        """The labels are shifted, not the logits."""
-        s = hidden.shape[0] // labels.shape[0]
+    def _loss(self, hidden: Tensor, table: Tensor, labels: Tensor, s: int) -> Tensor:
+        """The labels [b, s or s + 1] are shifted, not the logits."""
         target = F.pad(labels[:, 1:], (0, s + 1 - labels.shape[1]), value=IGNORE).reshape(-1)
         if self.config.fuse_linear_loss:
             return vocab_parallel_linear_cross_entropy(hidden, table, target, self.tensor_group, reduction="mean",
