@@ -26,7 +26,7 @@ from .training.command import train
 if TYPE_CHECKING:
     import torch
 
-    from .checkpoint import Checkpoint, Tokenizer, WordPiece
+    from .checkpoint import Checkpoint, WordPiece
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
                   help="""
@@ -94,13 +94,14 @@ def convert(
     files, if given, go beside the weights, where AutoTokenizer finds them.
     """
     from . import checkpoint as checkpoints
+    from .checkpoint.tokenizer import given_tokenizer
 
     shard_bytes = parse_size(max_shard_size)
     if to is Format.huggingface and (tensor_parallel, pipeline_parallel) != (1, 1):
         raise ValueError("--tensor-parallel and --pipeline-parallel need --to megatron")
     start = time.perf_counter()
     model = _read(source, config)
-    files = (_wordpiece if model.config.model == "BERT" else _tokenizer)(tokenizer, vocab_file, merges_file)
+    files = (_wordpiece if model.config.model == "BERT" else given_tokenizer)(tokenizer, vocab_file, merges_file)
     _say_notes(model)
     common: dict[str, Any] = {"dtype": _torch_dtype(dtype), "tokenizer": files, "force": force, "track": _track("writing")}
     if to is Format.huggingface:
@@ -134,12 +135,12 @@ def generate(
     """
     import torch
 
-    from .checkpoint import Tokenizer
+    from .checkpoint.tokenizer import find_tokenizer, given_tokenizer
     from .models import GPT2, GPT2Config
 
     checkpoint = _read(model, config)
     settings = checkpoint.expect(GPT2Config)
-    files = _tokenizer(tokenizer, vocab_file, merges_file) or Tokenizer(directory=model if model.is_dir() else model.parent)
+    files = given_tokenizer(tokenizer, vocab_file, merges_file) or find_tokenizer(model)[0]
     _say_notes(checkpoint)
     files.check(settings.padded_vocab_size or settings.vocab_size)
     words = files.load()
@@ -206,14 +207,6 @@ def _wordpiece(directory: Path | None, vocab_file: Path | None, merges_file: Pat
         raise ValueError("a BERT takes a WordPiece vocabulary: --vocab-file FILE or --tokenizer DIR, and no merges")
     path = directory if vocab_file is None else vocab_file
     return None if path is None else WordPiece(path)
-
-
-def _tokenizer(directory: Path | None, vocab_file: Path | None, merges_file: Path | None) -> Tokenizer | None:
-    from .checkpoint import Tokenizer
-
-    if directory is None and vocab_file is None and merges_file is None:
-        return None
-    return Tokenizer(directory, vocab_file, merges_file)
 
 
 def _torch_dtype(dtype: DType | None) -> torch.dtype | None:

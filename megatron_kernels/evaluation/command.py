@@ -247,9 +247,9 @@ def _length(options: Options, checkpoint: Checkpoint) -> int:
 
 def _tokenizer(options: Options, checkpoint: Checkpoint, speaks: bool) -> tuple[Any, str]:
     from .. import cli
-    from ..checkpoint.tokenizer import find_tokenizer
+    from ..checkpoint.tokenizer import find_tokenizer, given_tokenizer
 
-    given = cli._tokenizer(options.tokenizer, options.vocab_file, options.merges_file)
+    given = given_tokenizer(options.tokenizer, options.vocab_file, options.merges_file)
     tokenizer, where = find_tokenizer(options.model) if given is None else (given, str(options.tokenizer or options.vocab_file))
     classes = checkpoint.config.vocab_size
     tokenizer.check(classes)

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import checkpoint, parallel
 from ..checkpoint.together import ranks_of
+from ..checkpoint.tokenizer import given_tokenizer, tokenizer_beside
 from ..models import GPT2Config
 from .data import Samples, split
 from .options import Options, Replicas
@@ -39,14 +40,9 @@ def device_type(options: Options) -> str:
 
 
 def find_tokenizer(options: Options) -> checkpoint.Tokenizer | None:
-    """The tokenizer that is given, or else the one beside the model."""
-    if options.tokenizer or options.vocab_file or options.merges_file:
-        return checkpoint.Tokenizer(options.tokenizer, options.vocab_file, options.merges_file)
-    if options.model is not None:
-        beside = options.model if options.model.is_dir() else options.model.parent
-        if (beside / "tokenizer.json").is_file() or ((beside / "vocab.json").is_file() and (beside / "merges.txt").is_file()):
-            return checkpoint.Tokenizer(beside)
-    return None
+    """The tokenizer that is given, or else the one beside the model. A package's is not looked for: ids may come in files."""
+    given = given_tokenizer(options.tokenizer, options.vocab_file, options.merges_file)
+    return given or (None if options.model is None else tokenizer_beside(options.model))
 
 
 def find_samples(options: Options, tokenizer: checkpoint.Tokenizer | None,
