@@ -373,3 +373,26 @@ def test_flush_of_a_step_that_has_a_setup():
     backward = Contestant("backward", seen.append, setup=lambda: next(numbers))
     harness.interleave([backward], seconds=0, min_rounds=3, warmup=1, clock=fake().clock())
     assert seen == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("shares", "kept"), [([0.01], 0.01), ([0.3, 0.02], 0.02), ([0.3, 0.2, 0.25], 0.2), ([None], None)])
+def test_a_disturbed_sitting_is_taken_again(small, tmp_path, shares, kept):
+    """At most twice; the quietest counts, with its own samples."""
+    asked, sittings = iter(shares), []
+
+    class Numbered(EventClock):
+        """Its times tell which sitting they are of."""
+
+        def __call__(self, contestant: Contestant) -> float:
+            super().__call__(contestant)
+            return float(len(sittings))
+
+    def others():
+        sittings.append(next(asked))
+        return lambda share=sittings[-1]: share
+
+    device = replace(fake(), clock=lambda: Numbered(torch.empty(4096), Stopwatch), others=others)
+    assert small("--ops", "layer_norm", "--dtypes", "fp32", "--shapes", "columns", "--columns", "16", "--modes", "forward",
+                 "--json", str(tmp_path / "r.json"), on=device) == 0
+    row, = stored(tmp_path / "r.json").rows
+    assert sittings == shares and row.others == kept and row.timings["ours"].median == 1 + shares.index(kept)

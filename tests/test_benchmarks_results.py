@@ -121,6 +121,22 @@ def widest() -> Results:
     return found(*rows, kind="cuda", device="NVIDIA H100 80GB HBM3")
 
 
+def test_noise_is_marked_and_the_widest_is_named():
+    def noisy(columns: int, width: float, name: str = "ours") -> Row:
+        good = timings(copy=2, ours=2.5, eager=5)
+        return row(columns, timings=good | {name: replace(good[name], low=2.0, high=2.0 + width)})
+
+    calm, loud = noisy(1024, 0.01), noisy(4096, 1.0, "eager")
+    header, (ours, _, eager) = tables.sweep_table([calm, loud], "ms")
+    assert header[3:] == ["1024", "4096"] and ours[3:] == ["2.50", "2.50"] and eager[3:] == ["5.00", "~5.00"]
+    said, = tables.noise([calm, loud])
+    assert "1 of 2 rows: softmax 8x4096 bf16 forward (eager 20%)" in said and "8x1024" not in said
+    many = [noisy(n, 0.2 + n / 100) for n in range(1, 16)]
+    said, = tables.noise(many)
+    assert "15 of 15 rows: softmax 8x15 " in said and said.endswith("; and 3 shapes more")
+    assert "8x4 " in said and "8x3 " not in said
+
+
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_tables_fit_into_100_columns(monkeypatch, capsys, kind):
     monkeypatch.setattr(report, "console", lambda stderr=False: Console(stderr=stderr, width=100))
